@@ -35,7 +35,7 @@ class LinesWriter(MetricWriter):
     def __init__(self, context: WriterContext) -> None:
         self._location = context.location
         self._attempt = context.attempt
-        self._segments: deque[_Segment] = deque()  # the last one grows; those before it wait for their flush
+        self._segments: deque[_Segment] = deque()  # the last one grows; the others wait for their flush
         end = context.mark
         last = _key(end["segment"]) if end else None
         for entry in self._location.list(_FOLDER):

@@ -42,10 +42,10 @@ log = logging.getLogger("runner")
 
 FOLDER = "writers"
 _PROGRAM = "from runner.metrics.service import main; main()"
-_BATCH = 200  # points of one call of ``send``
+_BATCH = 200  # points of one call of ``send``; a process that dies before it notes them sends them again
 _MAX_PAUSE = 60.0  # seconds between two tries to reach a service
 _START_SECONDS = 120.0  # for the imports of a service's library
-_LAST_SECONDS = 10  # for what is left to be sent when the attempt ends, or its process has died
+_LAST_SECONDS = 10  # to send the rest when the attempt ends, or its process has died
 _POLL_SECONDS = 0.5
 _CONTEXT = ("experiment", "run", "id", "hyperparameters", "attempt", "step")
 
@@ -71,7 +71,7 @@ class ServiceWriter(ABC):
     @abstractmethod
     def open(self, id: str | None) -> str:  # noqa: A002  (the word of the services)
         """Connect, and begin a run at the service (None), or continue with its run ``id``. Returns the id, which later
-        attempts get. ``context.id`` is the run's own, which no other run has.
+        attempts get. ``context.id`` is the id of the run here, which no other run has.
         """
 
     @abstractmethod
@@ -103,17 +103,17 @@ class Sender:
 
     def push(self, end: Mapping[str, Any]) -> int:
         """Send all lines up to ``end``, a mark of ``LinesWriter``, that are not sent yet; returns their number. Raises
-        what the service does.
+        whatever the service raises.
         """
         while self.lock() is None:  # the child of a killed attempt may still be sending
             time.sleep(_POLL_SECONDS)
         record = parse_object(self._location.read(f"{self._path}.json", limit=1 << 16) or b"") or {}
-        sent = integer if isinstance(integer := record.get("sent"), int) else -1
-        total, unsent = 0, self._points(end, sent)
+        step = integer if isinstance(integer := record.get("sent"), int) else -1
+        total, unsent = 0, self._points(end, step)
         try:
             if self._id is None:
                 self._id = self._writer.open(record.get("id"))
-                self._note(sent)
+                self._note(step)
             while points := [*islice(unsent, _BATCH)]:
                 self._writer.send(points)
                 self._note(points[-1].step)
@@ -123,23 +123,22 @@ class Sender:
             raise
         return total
 
-    def _points(self, end: Mapping[str, Any], sent: int) -> Iterator[Point]:
-        for line in lines.committed(self._location, end, after=sent):
+    def _points(self, end: Mapping[str, Any], after: int) -> Iterator[Point]:
+        for line in lines.committed(self._location, end, after=after):
             step, moment = line.pop("step"), line.pop(lines.TIME, 0.0)
             yield Point(step, moment, {tag: math.nan if value is None else value for tag, value in line.items()})
 
-    def _note(self, sent: int) -> None:
-        self._location.replace(f"{self._path}.json", [json.dumps({"id": self._id, "sent": sent}).encode() + b"\n"])
+    def _note(self, step: int) -> None:
+        self._location.replace(f"{self._path}.json", [json.dumps({"id": self._id, "sent": step}).encode() + b"\n"])
 
 
 def push(name: str, writer: ServiceWriter, end: Mapping[str, Any], status: str) -> int:
-    """Send what a service does not have yet of a run; returns the number of points. Raises RunInUse while a process of
-    this machine does so, and whatever the service raises.
+    """Send the points of a run that a service does not have yet; returns their number. Raises RunInUse while another
+    process of this machine does so, and whatever the service raises.
     """
     sender = Sender(name, writer)
     if (lock := sender.lock()) is None:
-        url = writer.context.location.url
-        raise RunInUse(f"{url}: another process sends to {name}; it continues by itself")
+        raise RunInUse(f"{writer.context.location.url}: another process sends to {name}; it continues by itself")
     try:
         total = sender.push(end)
         writer.close(status)
@@ -235,7 +234,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what libraries print
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries may print
     say = partial(print, file=answers)
     request = json.loads(sys.stdin.readline())
     context = WriterContext(open_location(request["url"], request["options"]), **request["context"])
@@ -258,11 +257,11 @@ def _follow(parent: int, name: str, writer: ServiceWriter, say: Callable[[str], 
     messages: queue.Queue[dict[str, Any]] = queue.Queue()
     threading.Thread(target=_listen, args=[messages], daemon=True).start()
     sender = Sender(name, writer)
-    state: dict[str, Any] = {}  # ``end``: as far as lines are committed; ``status``, once the attempt has ended
-    last_end: dict[str, Any] | None = None  # as far as lines are sent
+    state: dict[str, Any] = {}  # ``end``: the mark up to which lines are committed; ``status`` once the attempt ended
+    last_end: dict[str, Any] | None = None  # the mark up to which lines are sent
     pause = retry = 0.0  # seconds after an error, and when to try again (time.monotonic)
     while True:
-        orphaned = os.getppid() != parent  # before the last messages are read
+        orphaned = os.getppid() != parent  # asked before the last messages are read, so that none is missed
         with suppress(queue.Empty):
             state |= messages.get(timeout=_POLL_SECONDS)
             while True:
@@ -283,7 +282,7 @@ def _follow(parent: int, name: str, writer: ServiceWriter, say: Callable[[str], 
             if pause:
                 say("the service has all points now")
             pause = 0.0
-    signal.alarm(_LAST_SECONDS)  # which ends this process
+    signal.alarm(_LAST_SECONDS)  # ends this process, for the service may hang
     try:
         sender.push(state.get("end", {}))
         writer.close(state.get("status", "killed"))

@@ -31,7 +31,7 @@ from runner.storage.location import JournalChain, Location
 _FOLDER = "tensorboard"
 _NAME = re.compile(r"events\.out\.tfevents\.([0-9]{10})\.")
 _BINS = 64  # of a histogram
-_FULL = 4 << 20  # bytes after which a new file is begun, because each sync may upload a file as a whole
+_FILE_BYTES = 4 << 20  # bytes after which a new file is begun, because each sync may upload a file as a whole
 
 
 class TensorBoardWriter(MetricWriter):
@@ -43,7 +43,7 @@ class TensorBoardWriter(MetricWriter):
         self._step = context.step
         self._journals = JournalChain(context.location)
         self._files = 0
-        self._hidden = False  # whether the event that hides older points is written
+        self._hides_older = False  # whether the event that hides older points is written
         # TensorBoard reads files in the order of their names, and an older attempt must not hide what this one writes:
         # the time in these names is later than that in all present names, whatever the clock says.
         matches = (_NAME.match(entry.name) for entry in context.location.list(_FOLDER))
@@ -61,9 +61,9 @@ class TensorBoardWriter(MetricWriter):
         self._append(step, map(Summary.FromString, summaries.values()))
 
     def mark(self, step: int) -> dict[str, Any]:
-        """Begin a new file if this one is full. There is no mark: TensorBoard hides the points of repeated steps."""
-        if self._journals.size > _FULL:
-            with suppress(StorageError):  # where there is no room for another file, this one grows on
+        """Begin a new file if this one is full. No mark is needed: TensorBoard hides the points of repeated steps."""
+        if self._journals.size > _FILE_BYTES:
+            with suppress(StorageError):  # no room for another file: the present file continues
                 self._begin()
         return {}
 
@@ -83,10 +83,10 @@ class TensorBoardWriter(MetricWriter):
 
     def _hide_from(self, step: int) -> None:
         """Once: an event at which TensorBoard drops the points from ``step`` on that it has read so far."""
-        if not self._hidden:
+        if not self._hides_older:
             start = Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START))
             self._journals.append(encode_events([start]))
-            self._hidden = True
+            self._hides_older = True
 
     def _begin(self) -> None:
         name = f"events.out.tfevents.{self._time:010d}.a{self._attempt:06d}.{self._files + 1:04d}"

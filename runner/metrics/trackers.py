@@ -11,19 +11,17 @@ from runner.metrics.lines import TIME
 from runner.metrics.service import Point, ServiceWriter
 from runner.metrics.writer import WriterContext
 
-_MOST = 1000  # metrics that MLflow takes at a time ...
-_PARAMS = 100  # ... and parameters, with ...
-_LONGEST = 500  # ... so many characters; a name has ...
-_LONGEST_NAME = 250
-_NOT_IN_NAME = re.compile(r"[^\w./ :-]")  # of MLflow
-_STATUS = {"finished": "FINISHED", "failed": "FAILED", "running": "RUNNING"}
-_RUN = "hydra_runner.id"  # the tag of a run in MLflow by which an attempt finds a run that an earlier one has begun
+# Limits of MLflow: metrics and parameters in a request, characters of a parameter and of a name.
+_METRICS, _PARAMS, _LONGEST, _LONGEST_NAME = 1000, 100, 500, 250
+_NOT_IN_NAME = re.compile(r"[^\w./ :-]")  # characters that MLflow refuses in a name
+_STATUSES = ("finished", "failed", "running")
+_RUN = "hydra_runner.id"  # the tag of a run in MLflow by which an attempt finds a run that an earlier attempt began
 
 
 class MLflowWriter(ServiceWriter):
     """Writes to an MLflow server, or to a store of MLflow's in files.
 
-    ``tracking_uri``: null: that of MLFLOW_TRACKING_URI. ``experiment``: null: the name of the experiment here.
+    By default ``tracking_uri`` is MLFLOW_TRACKING_URI, and ``experiment`` is the name of the experiment here.
     """
 
     def __init__(self, context: WriterContext, tracking_uri: str | None = None, experiment: str | None = None) -> None:
@@ -35,7 +33,7 @@ class MLflowWriter(ServiceWriter):
         self._id = ""
 
     def open(self, id: str | None) -> str:  # noqa: A002
-        self._id = id or self._began() or self._begin()
+        self._id = id or self._find() or self._create()
         self._client.update_run(self._id, status="RUNNING")
         return self._id
 
@@ -47,18 +45,18 @@ class MLflowWriter(ServiceWriter):
             for point in points
             for tag, value in point.values.items()
         ]
-        for first in range(0, len(metrics), _MOST):
-            self._client.log_batch(self._id, metrics=metrics[first : first + _MOST])
+        for first in range(0, len(metrics), _METRICS):
+            self._client.log_batch(self._id, metrics=metrics[first : first + _METRICS])
 
     def close(self, status: str) -> None:
-        self._client.update_run(self._id, status=_STATUS.get(status, "KILLED"))
+        self._client.update_run(self._id, status=status.upper() if status in _STATUSES else "KILLED")
 
-    def _began(self) -> str | None:
-        """The run that an attempt began and was killed before it could note its id."""
+    def _find(self) -> str | None:
+        """The run of an attempt that was killed before it could note the run's id."""
         runs = self._client.search_runs([self._group()], f"tags.`{_RUN}` = '{self.context.id}'", max_results=1)
         return runs[0].info.run_id if runs else None
 
-    def _begin(self) -> str:
+    def _create(self) -> str:
         from mlflow.entities import Param
 
         run = self._client.create_run(self._group(), run_name=self.context.run, tags={_RUN: self.context.id})
@@ -75,13 +73,13 @@ class MLflowWriter(ServiceWriter):
 
 
 def _mlflow_name(name: str) -> str:
-    """A name that MLflow takes: ``acc_1`` for ``acc@1``. It would refuse all points for the sake of one name."""
+    """A name that MLflow takes: ``acc_1`` for ``acc@1``. It refuses all points of a request because of one name."""
     return normpath(_NOT_IN_NAME.sub("_", name)).lstrip("./")[:_LONGEST_NAME] or "_"
 
 
 class WandbWriter(ServiceWriter):
-    """Writes to Weights & Biases, under the id of the run here. ``options``: those of ``wandb.init``, such as ``mode:
-    offline``, whose folders ``wandb sync`` sends.
+    """Writes to Weights & Biases, under the id of the run here. ``options`` are for ``wandb.init``, such as ``mode:
+    offline``: ``wandb sync`` then sends its folders.
     """
 
     def __init__(self, context: WriterContext, project: str | None = None, **options: Any) -> None:
@@ -107,7 +105,7 @@ class WandbWriter(ServiceWriter):
 
 
 class TrackioWriter(ServiceWriter):
-    """Writes to Trackio. ``options``: those of ``trackio.init``, such as ``space_id``."""
+    """Writes to Trackio. ``options`` are for ``trackio.init``, such as ``space_id``."""
 
     def __init__(self, context: WriterContext, project: str | None = None, **options: Any) -> None:
         super().__init__(context)
@@ -123,7 +121,7 @@ class TrackioWriter(ServiceWriter):
         return self._name
 
     def send(self, points: Sequence[Point]) -> None:
-        """As a run that is resumed and finished: only then Trackio, which sends in a thread, has written all."""
+        """Resumes the run and finishes it: Trackio, which sends in a thread, has written everything only then."""
         config = dict(self.context.hyperparameters)
         run = self._trackio.init(**{"name": self._name, "config": config, "resume": "allow", **self._options})
         for point in points:

@@ -14,7 +14,7 @@ from typing import Any
 from runner.errors import RunnerError, StorageError
 from runner.storage.location import Location
 
-_LINES = "lines"  # its mark is the fact "metrics" of a commit, as in checkpoints of before other writers existed
+_LINES = "lines"  # the mark of this writer is the fact "metrics" of a commit; early checkpoints have no other marks
 
 
 class MetricWriter:
@@ -66,20 +66,20 @@ class WriterContext:
     hyperparameters: Mapping[str, Any]  # the configuration of what is computed, as nested plain values
     attempt: int  # the number of this attempt at the run
     step: int  # training continues after this step; ``add`` may repeat it if its evaluation was interrupted
-    mark: Mapping[str, Any] | None = None  # what ``mark`` returned for the checkpoint; None: there was no such writer
-    id: str = ""  # of the run, and of no other
-    options: Mapping[str, Any] | None = field(default=None, repr=False)  # of fsspec, for the location
+    mark: Mapping[str, Any] | None = None  # the result of ``mark`` for the checkpoint; None if it had no such writer
+    id: str = ""  # unique to the run
+    options: Mapping[str, Any] | None = field(default=None, repr=False)  # for fsspec to open ``location``
 
 
 @dataclass(frozen=True, slots=True)
 class MetricWriters:
-    """The writers of an attempt; none on ranks above 0. ``marks`` are those of the last checkpoint, also of a
-    writer that is no longer configured: if it is put back later, it continues from its last mark.
+    """The writers of an attempt; none on ranks above 0. ``marks`` are from the last checkpoint, also the mark
+    of a writer that is no longer configured: if it is put back later, it continues there.
     """
 
     by_name: dict[str, MetricWriter] = field(default_factory=dict)
     marks: dict[str, Any] = field(default_factory=dict)
-    _ends: dict[int, Any] = field(default_factory=dict)  # of lines, by the steps of checkpoints under way
+    _ends: dict[int, Any] = field(default_factory=dict)  # step of a checkpoint under way -> mark of the lines
 
     def resume(self, facts: Mapping[str, Any]) -> None:
         """Take over the marks from the facts of the commit that was resumed."""
@@ -98,9 +98,9 @@ class MetricWriters:
         return facts | {"writers": marks} if marks else facts
 
     def committed(self, step: int | None = None) -> None:
-        """The checkpoint of ``step`` is committed; None: that from which the attempt resumed."""
+        """The checkpoint of ``step`` is committed; None: the checkpoint from which the attempt resumed."""
         self._call("committed", self.marks.get(_LINES, {}) if step is None else self._ends.pop(step, {}))
-        for earlier in [each for each in self._ends if step is not None and each < step]:  # given up
+        for earlier in [each for each in self._ends if step is not None and each < step]:  # they were given up
             self._ends.pop(earlier, None)
 
     def add(self, step: int, values: Mapping[str, float | str]) -> None:
