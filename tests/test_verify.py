@@ -25,7 +25,7 @@ from waiting import until
 
 from runner.errors import ConfigError, DataError, StateError, StorageError, kind_of
 from runner.verify import assert_resumes
-from runner.verify.campaign import plan, run_killed
+from runner.verify.campaign import plan_kills, run_killed
 from runner.verify.causes import of_error
 from runner.verify.difference import first_difference, lost_memory
 from runner.verify.execution import AttemptRequest, AttemptTrace, Executor, Kill, RunTrace, Servers, fork_servers
@@ -245,7 +245,7 @@ def test_every_memory_is_lost_in_a_kill(steps: int, kills: int, seed: int) -> No
     memories = [
         {*({"task.late"} if n >= late else ()), *(shown if n % 2 else {"task.even"})} for n in range(1, steps + 1)
     ]
-    planned = plan(trained(memories), Options(steps=steps, kills=kills, seed=seed)).kills
+    planned = plan_kills(trained(memories), Options(steps=steps, kills=kills, seed=seed)).kills
     lost = [kill.after for kill in planned if kill.after]
     assert len(planned) == kills
     assert {name for after in lost for name in memories[after - 1]} >= {"task.late", "task.shown", "task.even"}
@@ -254,7 +254,7 @@ def test_every_memory_is_lost_in_a_kill(steps: int, kills: int, seed: int) -> No
 
 @pytest.mark.parametrize(("steps", "kills"), [(2, 1), (2, 9), (5, 30), (33, 2)])
 def test_kills_are_within_the_run(steps: int, kills: int) -> None:
-    planned = plan(trained([set()] * steps), Options(steps=steps, kills=kills)).kills
+    planned = plan_kills(trained([set()] * steps), Options(steps=steps, kills=kills)).kills
     assert len(planned) == kills
     assert all(1 <= kill.after <= steps for kill in planned if kill.after)
     assert all(kill.after < steps and kill.step <= steps for kill in planned if kill.after and kill.moment != "clock")
@@ -342,7 +342,7 @@ def test_pinned_draws_do_not_depend_on_other_observers(pin: str, read: str) -> N
             exec("import os, time\\ndef read(): return {read}", space)
             return space["read"]
         mine, library = reader("mine"), reader("library")
-        controls.hold("{pin}")
+        controls.pin("{pin}")
         first = mine()
         if "beside" in sys.argv:
             library()
@@ -378,7 +378,7 @@ def test_shifted_clocks_are_those_of_the_users_code() -> None:
             print([round(float(each) / 1e6, 2) for each in ahead])
         '''
         now, today = time.time, date.today
-        controls.hold(ahead={10**7})
+        controls.pin(ahead={10**7})
         shifted = time.time
         assert now is not shifted and time.gmtime(0).tm_year == 1970 and time.strftime("%Y", time.gmtime(0)) == "1970"
         names = {{"now": now, "early": early, "today": lambda: date.fromtimestamp(now())}}
@@ -413,7 +413,7 @@ def test_a_shifted_clock_goes_on_and_reaches_spawned_processes(tmp_path: Path) -
         from runner.verify import controls
         if __name__ == "__main__":
             begun = user.read()
-            controls.hold(ahead=10**7)
+            controls.pin(ahead=10**7)
             controls.advance(10**6)
             inside, beside = user.read(), queue.Queue()
             thread = threading.Thread(target=lambda: beside.put(user.read()))
@@ -435,7 +435,7 @@ def test_a_late_attempt_has_the_clock_of_others() -> None:
         import time
         from runner.verify import controls
         now, monotonic = time.time, time.monotonic
-        controls.hold(late=1000)
+        controls.pin(late=1000)
         controls.advance(10**6)
         names = {"__name__": "mine", "time": time, "now": now, "monotonic": monotonic}
         read = "print(round(time.time() - now()), round(time.monotonic() - monotonic()))"
@@ -529,7 +529,7 @@ def test_it_leaves_nothing_that_the_experiment_leaves(servers: Servers, scratch:
 def test_kills_for_which_no_time_is_left_are_left_out() -> None:
     """Of 60 seconds, where the undisturbed run and each attempt take ten."""
     undisturbed = replace(trained([set()] * 30).attempts[0], seconds=10)
-    planned = plan(RunTrace("undisturbed", [undisturbed]), Options(steps=30))
+    planned = plan_kills(RunTrace("undisturbed", [undisturbed]), Options(steps=30))
     left = iter(range(50, -1, -10))
 
     def attempt(run: RunTrace, *overrides: str, kill: Kill | None, **fields: object) -> AttemptTrace:

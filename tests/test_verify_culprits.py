@@ -108,7 +108,7 @@ DIFFERENCE = FirstDifference(1, 0, "loss", "loss", 1.0, 2.0)
 
 @pytest.mark.parametrize(("settles", "kind"), [(False, "pid"), (True, "chance")])
 def test_no_pin_is_blamed_without_a_control(settles: bool, kind: str) -> None:
-    cause = Scripted(settles=settles).hold(DIFFERENCE)
+    cause = Scripted(settles=settles).cause_by_pin(DIFFERENCE)
     assert (cause.kind, cause.sure) == (kind, not settles)
 
 
@@ -122,7 +122,7 @@ def test_a_refused_attempt_is_a_difference() -> None:
 
 
 def test_an_audit_hook_sees_files_that_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    watch = source.Watch()
+    outside = source.OutsideAccess()
     try:
         (tmp_path / "written").write_text("x")
         (tmp_path / "written").read_text()
@@ -131,10 +131,10 @@ def test_an_audit_hook_sees_files_that_are_written(tmp_path: Path, monkeypatch: 
         (tmp_path / "imported.py").write_text("")
         importlib.import_module("imported")
     finally:
-        watch.close()
-    assert [*watch.reached] == [
+        outside.close()
+    assert [*outside.reached] == [
         f"the file {tmp_path / 'written'}",
         f"the folder {tmp_path}",
         f"the file {tmp_path / 'imported.py'}",
     ]
-    assert all(place.startswith(f"{__file__}:") for place in watch.reached.values())
+    assert all(place.startswith(f"{__file__}:") for place in outside.reached.values())

@@ -373,6 +373,6 @@ def test_files_that_a_library_has_open_are_reached(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(threading.Timer, "start", threading.Timer.start)  # which a watch replaces
     file = tmp_path / "table.h5"
     with file.open("w"):  # before the watch, which hears of it as little as of a library in C
-        watch = source.Watch()
-        watch.close()
-        assert watch.lasting()[f"the file {file}"] == "open"
+        outside = source.OutsideAccess()
+        outside.close()
+        assert outside.lasting()[f"the file {file}"] == "open"

@@ -1,4 +1,19 @@
-"""Prove that an experiment resumes exactly: in real processes, with real kills, to the bit."""
+"""Prove that an experiment resumes exactly: in real processes, with real kills, to the bit.
+
+From a command to a verdict:
+
+    options.py         ``verify.*`` of the command; the rest is composed and checked before anything else starts
+    proof.py           the undisturbed run, the killed run, their comparison, and the verdict (``page.py``: in HTML)
+    campaign.py        how many steps the runs have, and at which moments the second one is killed
+    execution.py       makes the attempts of a run, and reads their records
+    fork_server.py     forks each attempt from a process that has imported everything
+    recorder.py        in an attempt: records every step (values as in ``fingerprint.py``, objects as in ``memory.py``),
+                       and kills the process at the requested moment
+    difference.py      the first difference between two runs
+    diagnosis.py       repeats the run with one thing after another held constant (``controls.py``), then puts memory of
+                       one process into another (``suspects.py``), until the cause is known
+    causes.py          the causes in words, with remedies (``source.py``: lines of the user's code)
+"""
 
 import json
 import sys

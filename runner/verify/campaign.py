@@ -12,16 +12,16 @@ from runner.verify.execution import AttemptTrace, Executor, Kill, RunTrace
 from runner.verify.options import Options
 
 _STEPS = 100  # unless verify.steps is given
-_SECONDS = 20.0  # of training, in which as many of these steps are done as possible
-_SAVES = 8  # checkpoints in a run, about, besides those before a kill
-_SMALL = 64 << 20  # bytes of a state; of such runs all checkpoints are kept, to be compared
-_PERIODS = range(2, 9)  # of memory that comes and goes every few steps, such as accumulated gradients
+_SECONDS = 20.0  # the undisturbed run trains no longer, unless verify.steps is given
+_SAVES = 8  # about so many checkpoints in a run, besides the checkpoints before kills
+_SMALL = 64 << 20  # bytes of a state: the killed run keeps all smaller checkpoints, and they are compared
+_PERIODS = range(2, 9)  # steps after which memory may come and go, such as accumulated gradients
 _AT_ANY_STEP = ("committed", "save", "step", "stop")
 # The user's clocks go ahead by so much from attempt to attempt, so that no hour, date or month stays the same.
 SHIFT_SECONDS = ((37 * 24 + 5) * 60 + 17) * 60 + 13
-_TRAINING_SHARE = 0.15  # of verify.minutes, for the steps of the undisturbed run
-_SPARE = 1.5  # times the time of the undisturbed run, for the killed one without its kills
-_CLOCK_SHARE = 0.2  # of the time of all steps, within which a kill by the clock comes
+_TRAINING_SHARE = 0.15  # the undisturbed run trains for this share of verify.minutes
+_SPARE = 1.5  # kills are given up once the time left is not enough for this many undisturbed runs and an attempt
+_CLOCK_SHARE = 0.2  # a kill by the clock comes within this share of the time of all steps
 
 Progress = Callable[[str], None]
 
@@ -63,16 +63,16 @@ def run_undisturbed(executor: Executor, options: Options) -> RunTrace:
 
 
 def _save_interval(steps: int) -> int:
-    """Steps between two checkpoints: no multiple of 2, 3 or 5, which are likely periods of memory."""
+    """Steps between two checkpoints: no multiple of 2, 3 or 5, or resumes would miss memory with such a period."""
     return next(every for every in count(max(2, steps // _SAVES)) if all(every % small for small in (2, 3, 5)))
 
 
-def plan(run: RunTrace, options: Options) -> KillPlan:
+def plan_kills(run: RunTrace, options: Options) -> KillPlan:
     """As many steps as the undisturbed run did, with kills at moments of every kind that it had."""
-    attempt, chance = run.attempts[0], random.Random(options.seed)
-    observed = _Observed(run, chance)
+    attempt, draws = run.attempts[0], random.Random(options.seed)
+    observed = _Observed(run, draws)
     kills = [
-        kill._replace(victim=chance.randrange(options.processes) if options.processes > 1 and number % 2 else None)
+        kill._replace(victim=draws.randrange(options.processes) if options.processes > 1 and number % 2 else None)
         for number, kill in enumerate(observed.kills(options))  # all processes and a single one in turn
     ]
     ends_itself = attempt.select("finished")[0]["result"]["reason"] not in ("max_steps", "max_epochs")
@@ -95,17 +95,17 @@ def run_killed(
             run,
             *save_every(plan.every, keep=keep),
             f"checkpoint.background={'true' if number % 2 else 'false'}",
-            workers=plan.workers[(number + 1) % len(plan.workers)],
+            workers=plan.workers[(number + 1) % len(plan.workers)],  # not those of the undisturbed run at first
             server=(number + 1) % 2,
             steps=plan.limit,
             kill=kills.popleft() if kills else None,
             shift=(number + 1) * SHIFT_SECONDS,
-            moved=number % 2 == 0,  # so that the second one, and others, have the temporary files of the one before
-            silent=number % 4 == 3,  # else what the recording changes would change in both runs alike
+            new_machine=number % 2 == 0,  # every second attempt has the temporary files of the attempt before
+            silent=number % 4 == 3,  # what recording changes must not be the same in both runs
         )
         if attempt.failure:
             break
-        if attempt.request.kill and executor.left() < _SPARE * undisturbed.seconds + attempt.seconds:
+        if attempt.request.kill and executor.seconds_left() < _SPARE * undisturbed.seconds + attempt.seconds:
             kills.clear()  # the next attempt goes to the end
         progress(summary(attempt))
         if attempt.status == 0:
@@ -135,18 +135,18 @@ def summary(attempt: AttemptTrace) -> str:
 
 
 class _Observed:
-    """Steps of the undisturbed run, at the borders of epochs and with evaluations, and what kills after them lose.
+    """The undisturbed run as the plan sees it: its steps, among them the ends of epochs and steps with evaluations.
 
-    ``losable`` is for each step but the last the memory outside the state that a kill after it loses: paths of values
+    ``losable``: for each step but the last, the memory outside the state that a kill after it loses: paths of values
     that have changed since the start, and the periods with which invisible memory may come and go.
     """
 
-    def __init__(self, run: RunTrace, chance: random.Random) -> None:
+    def __init__(self, run: RunTrace, draws: random.Random) -> None:
         events = run.attempts[0].select("step")
         changes = difference.changes_by_step(run)
         self.steps = run.attempts[0].last
         self.every = _save_interval(self.steps)
-        self._chance = chance
+        self._draws = draws
         before = [event for event in events if event["step"] < self.steps]
         self._borders = [now["step"] for last, now in pairwise(before) if last["epochs"] < now["epochs"]]
         self._evaluated = [event["step"] for event in before if event["evaluation"]]
@@ -158,25 +158,25 @@ class _Observed:
         }
 
     def kills(self, options: Options) -> list[Kill]:
-        """Kills of all kinds, in an order in which the run gets on between them."""
-        places = {"border": self._borders, "evaluation": self._evaluated, "evaluating": self._evaluated}
+        """Kills at the moments of the options, in an order in which the run makes progress between them."""
+        steps = {"border": self._borders, "evaluation": self._evaluated, "evaluating": self._evaluated}
         moments = [*islice(cycle(options.moments), options.kills)]
-        moments = ["step" if places.get(moment) == [] else moment for moment in moments]
-        in_order = deque(sorted(self._at_steps(moments), key=lambda kill: kill.step))
+        moments = ["step" if steps.get(moment) == [] else moment for moment in moments]
+        by_step = deque(sorted(self._at_steps(moments), key=lambda kill: kill.step))
         kills = []
         for moment in moments:
             if moment == "loaded":
                 kills.append(Kill("loaded"))
             elif moment == "clock":  # before the steps of later kills are passed
-                limit = next((kill.after for kill in in_order if kill.after), self.steps)
-                milliseconds = round(self._chance.uniform(0, _CLOCK_SHARE * self._seconds) * 1000)
+                limit = next((kill.after for kill in by_step if kill.after), self.steps)
+                milliseconds = round(self._draws.uniform(0, _CLOCK_SHARE * self._seconds) * 1000)
                 kills.append(Kill("clock", milliseconds, limit))
             else:
-                kills.append(in_order.popleft())
+                kills.append(by_step.popleft())
         return kills
 
     def _at_steps(self, moments: Sequence[str]) -> Iterator[Kill]:
-        """The kills at a step. Those that may be at any step share all steps between them, and choose first."""
+        """The kills at a step. Kills that may come at any step divide all steps among them, and choose first."""
         free = [moment for moment in moments if moment in _AT_ANY_STEP]
         for number, moment in reversed([*enumerate(free)]):  # late steps leave the least choice
             low, high = (self.steps * part // len(free) for part in (number, number + 1))
@@ -184,14 +184,14 @@ class _Observed:
             yield Kill(moment, after if moment in ("committed", "stop") else after + 1, after)  # save: the next save
         for moment in moments:
             if moment == "border":  # when an epoch has just ended
-                after = self._choose([self._chance.choice(self._borders)])
+                after = self._choose([self._draws.choice(self._borders)])
                 yield Kill("committed", after, after)
             elif moment == "evaluation":
-                step = self._chance.choice(self._evaluated)
+                step = self._draws.choice(self._evaluated)
                 before = range(max(1, (step - 1) // self.every * self.every), step)
                 yield Kill("evaluation", step, self._choose(before) if before else None)
             elif moment == "evaluating":
-                yield Kill("evaluating", self._choose([self._chance.choice(self._evaluated)]))
+                yield Kill("evaluating", self._choose([self._draws.choice(self._evaluated)]))
 
     def _choose(self, steps: Sequence[int]) -> int:
         """The step whose kill loses the most memory that no earlier kill has lost, if possible with steps after it."""
@@ -199,7 +199,7 @@ class _Observed:
         def worth(step: int) -> tuple[int, int, int, float]:
             visible = sum(isinstance(memory, str) for memory in self._losable[step])
             rest = min(self.steps - step, _PERIODS[-1])
-            return visible, rest, len(self._losable[step]) - visible, self._chance.random()
+            return visible, rest, len(self._losable[step]) - visible, self._draws.random()
 
         best = max(steps, key=worth)
         lost = {*self._losable[best]}

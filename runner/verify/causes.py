@@ -27,10 +27,10 @@ class Cause:
         """The same cause, with what the user's code reaches outside of the process: ``what -> file:line``."""
         if not reached:
             return self
-        things = "; ".join(f"{thing} ({place})" for thing, place in [*reached.items()][:3])
+        things = "; ".join(f"{thing} ({line})" for thing, line in [*reached.items()][:3])
         more = f"; and {len(reached) - 3} more" if len(reached) > 3 else ""
         text = f"{self.description}. Your code reaches {things}{more}"
-        return replace(self, description=text, where=next((place for place in reached.values() if ":" in place), ""))
+        return replace(self, description=text, where=next((line for line in reached.values() if ":" in line), ""))
 
     def with_memory(self, words: str) -> "Cause":
         """The same cause, with the memory that shows it."""
@@ -120,7 +120,7 @@ tying: training makes one parameter of several, or several of one, and no state_
 gradients: gradients are kept from one step to the next, and are in no state_dict
     accumulate them within one step: trainer.accumulate, or several backward() before each update.step
 hang: an attempt does not come to its end, which may be of your code or of a machine that was busy
-    look at the places above: at locks and waits without a limit, at files and processes of an earlier attempt
+    look at the lines above: at locks and waits without a limit, at files and processes of an earlier attempt
 state: something in a state_dict cannot be saved
     keep plain values and tensors in it
 restoring: a part cannot load what it saved
@@ -132,7 +132,7 @@ CAUSES: Mapping[str, Cause] = {
     for (key, _, description), remedy in zip((line.partition(": ") for line in _LINES[::2]), _LINES[1::2], strict=True)
 }
 
-# Of memory, by the beginning of its path, or by the mark with which ``memory`` names what a model has in no attribute.
+# Causes of memory by the beginning of its path, or by the label that ``memory`` gives what a model has in no attribute.
 _BY_ROOT = {
     "data.": "data memory",
     "optimizer": "optimizer memory",
@@ -141,7 +141,7 @@ _BY_ROOT = {
     "callbacks.": "callback memory",
     memory.PROCESS: "process",
 }
-_BY_MARK = {
+_BY_LABEL = {
     memory.LEFT_OUT: "model memory (left out)",
     memory.NOT_PERSISTENT: "model memory (not persistent)",
     memory.HOOKS: "hooks",
@@ -150,6 +150,8 @@ _BY_MARK = {
     memory.TIED: "tying",
     memory.GRADIENTS: "gradients",
 }
+_BY_PART = {"augmentation": "data memory", "scheduler": "scheduler memory"}
+_BY_PART |= dict.fromkeys(("model", "optimizer"), "optimizer memory")
 _BY_ERROR = {
     "time-limit": "hang",
     "kernel": "kernel (refused)",
@@ -173,9 +175,8 @@ def of_workers(difference: FirstDifference) -> Cause:
     """The cause of a difference between undisturbed runs with different numbers of data workers."""
     entries = [entry for entry in difference.changing if entry[0].startswith("data.")]
     if not entries:
-        text = (
-            f"the data depends on the process that reads it: another number of workers gives another {difference.part}"
-        )
+        text = f"another number of workers gives another {difference.part}"
+        text = f"the data depends on the process that reads it: {text}"
         return Cause("workers", text, f"{_BY_INDEX}: no worker number, no pid")
     entries.sort(key=lambda entry: not _is_generator(entry[1]))  # each worker has a memory of its own
     return _more_exact(CAUSES["data memory"], *entries[0][:2]).with_memory(in_words(entries, ", then {}"))
@@ -186,33 +187,24 @@ def of_part(difference: FirstDifference) -> Cause:
     part = difference.part
     if difference.restored:
         text = f"{part} does not get back what it saved: {difference.path} differs right after loading"
-        return Cause(
-            "restoring", text, f"make load_state_dict of {part} take over everything that its state_dict gives"
-        )
-    match part:
-        case "data order":
-            return CAUSES["data order"]
-        case "generators":
-            return Cause(
-                "generators",
-                f"the global generators are in another state: {difference.path}. Something draws from them or seeds "
-                "them after they were restored",
-                "do not seed or draw in code that is called first after a resume (dropout and noise use them)",
-            )
-        case "augmentation":
-            return replace(CAUSES["data memory"], sure=False)
-        case "scheduler":
-            return replace(CAUSES["scheduler memory"], sure=False)
-        case "model" | "optimizer":
-            return replace(CAUSES["optimizer memory"], sure=False)
+        remedy = f"make load_state_dict of {part} take over everything that its state_dict gives"
+        return Cause("restoring", text, remedy)
+    if part == "data order":
+        return CAUSES["data order"]
+    if part == "generators":
+        text = f"the global generators are in another state: {difference.path}. Something draws from them or seeds"
+        remedy = "do not seed or draw in code that is called first after a resume (dropout and noise use them)"
+        return Cause("generators", f"{text} them after they were restored", remedy)
+    if part in _BY_PART:
+        return replace(CAUSES[_BY_PART[part]], sure=False)
     text = f"{part} differs although all before it is equal: something remembers outside the state"
     return Cause("memory", text, f"for the object that remembers: {_STATEFUL}", sure=False)
 
 
 def of_memory(entries: Sequence[Remembered], *, sure: bool = True) -> Cause:
-    """The cause that lost memory is. ``sure``: putting it into a resumed process made the difference go away."""
+    """The cause for lost memory. ``sure``: with it, a resumed process goes on like the undisturbed run."""
     path, was, _ = entries[0]
-    key = next((key for mark, key in _BY_MARK.items() if mark in path), None)
+    key = next((key for label, key in _BY_LABEL.items() if label in path), None)
     if key is None:
         key = next((key for root, key in _BY_ROOT.items() if path.startswith(root)), "task memory")
         return replace(_more_exact(CAUSES[key], path, was).with_memory(in_words(entries)), sure=sure)
@@ -220,7 +212,7 @@ def of_memory(entries: Sequence[Remembered], *, sure: bool = True) -> Cause:
 
 
 def of_structure(changes: Sequence[tuple[int, str, str]]) -> Cause:
-    """The cause that training changes which parameters or groups there are: step, path, and how, of each."""
+    """The cause if training changes which parameters or groups there are. ``changes``: step, path, and how."""
     text = "; ".join(f"{path} {how} in step {step}" for step, path, how in changes[:3])
     return Cause(
         "structure",
@@ -231,7 +223,7 @@ def of_structure(changes: Sequence[tuple[int, str, str]]) -> Cause:
 
 
 def of_error(kind: str, changed: str) -> Cause:
-    """The cause of an error, by its kind. ``changed`` is memory of the data set that was seen to change."""
+    """The cause of an error, by its kind. ``changed``: memory of the data set that changes, in words."""
     if kind not in _BY_ERROR:
         return Cause("error", "an attempt ended with the error above", "fix that first", sure=False)
     cause = replace(CAUSES[_BY_ERROR[kind]], sure=kind != "time-limit")

@@ -28,24 +28,25 @@ import numpy as np
 
 from runner.verify import source
 
-_STEP_SECONDS = 211  # that a step seems to take
+_STEP_SECONDS = 211  # a step seems to take so long to clocks that are ahead
 _PID = 4242
 _NOW = 1_700_000_000  # the pinned time, from which each module that asks counts milliseconds
-_PLACES = 3  # lines for a verdict
+_MOST_CALLERS = 3  # lines for a verdict
 _LIBRARIES = ("site-packages", "dist-packages")
-_SHOWN_NOW = {"localtime": 0, "gmtime": 0, "ctime": 0, "asctime": 0, "strftime": 1}  # position of the time to show
+# Functions that show the present time unless their argument at this position is another.
+_TIME_ARGUMENT = {"localtime": 0, "gmtime": 0, "ctime": 0, "asctime": 0, "strftime": 1}
 _true_time, _true_localtime, _datetime64 = time.time, time.localtime, np.datetime64
 _true_clocks = time.clock_gettime, time.clock_gettime_ns
 
 callers: list[str] = []  # lines of the user's code that asked for what is held constant, or read a clock that is ahead
 _ahead = 0  # seconds; negative: late
 _fast = False  # whether steps seem to take longer
-_step_seconds = 0  # more in the training thread, also of clocks with an arbitrary start
+_step_seconds = 0  # all clocks of the training thread are ahead by so much more, also clocks with an arbitrary start
 _training_thread = 0
-_ticks: dict[str, Iterator[int]] | None = None  # of pinned clocks, by module
+_ticks: dict[str, Iterator[int]] | None = None  # module -> ticks of its pinned clocks
 
 
-def hold(*pins: str, ahead: int = 0, late: int = 0) -> None:
+def pin(*pins: str, ahead: int = 0, late: int = 0) -> None:
     """Hold the ``_PINS`` of these names constant in this process. The user's clocks are ``ahead`` or ``late`` by so
     many seconds, also in processes that ``multiprocessing`` starts; clocks that are only late do not ``advance``.
     """
@@ -55,8 +56,8 @@ def hold(*pins: str, ahead: int = 0, late: int = 0) -> None:
         _replace_clocks()
         preparation = multiprocessing.spawn.get_preparation_data
         multiprocessing.spawn.get_preparation_data = lambda name: {**preparation(name), "clocks": _Ahead(_ahead)}
-    for pin in pins:
-        _PINS[pin]()
+    for name in pins:
+        _PINS[name]()
 
 
 def advance(seconds: int = _STEP_SECONDS) -> None:
@@ -67,15 +68,15 @@ def advance(seconds: int = _STEP_SECONDS) -> None:
 
 
 class _Ahead(int):
-    """Seconds, by which the clocks of a process are ahead that unpickles them."""
+    """A process that unpickles these seconds has clocks that are ahead by them."""
 
     def __reduce__(self) -> tuple[Callable[..., None], tuple[()], None]:
-        return partial(hold, ahead=int(self)), (), None
+        return partial(pin, ahead=int(self)), (), None
 
 
 def _pin_pid() -> None:
     def getpid() -> int:
-        _note(sys._getframe(1))
+        _note_caller(sys._getframe(1))
         return _PID
 
     os.getpid = getpid
@@ -94,8 +95,8 @@ def _pin_entropy() -> None:
     rank, seed = os.environ.get("RANK", "0"), random.Random.seed
 
     def label() -> str:
-        frame = _asking()
-        _note(frame)
+        frame = _caller()
+        _note_caller(frame)
         return f"{rank} {_name(frame)} {next(draws[_name(frame)])}"
 
     def urandom(size: int) -> bytes:
@@ -119,8 +120,9 @@ def _replace_clocks() -> None:
     for true, unit in zip(_true_clocks, (1, 10**9), strict=True):
         setattr(time, true.__name__, _clock_of(true, unit))
     timeit.default_timer = time.perf_counter
-    for name, position in _SHOWN_NOW.items():
-        setattr(time, name, _showing(getattr(time, name), position, as_struct=name in ("asctime", "strftime")))
+    for name, position in _TIME_ARGUMENT.items():
+        as_struct = name in ("asctime", "strftime")
+        setattr(time, name, _with_present_time(getattr(time, name), position, as_struct=as_struct))
     # In the type itself, which refuses ``setattr``: another type would be no ``datetime`` to pickle and to libraries.
     # ``today`` and ``date.today`` ask ``time.time``.
     attributes = gc.get_referents(datetime.datetime.__dict__)[0]
@@ -133,62 +135,62 @@ def _clock(clock: Callable[[], Any], unit: int, *, of_day: bool) -> Callable[[],
     """A clock of the day, or with an arbitrary start, by which python's own modules measure time-outs, unshifted."""
 
     def read() -> Any:
-        return _shown(clock(), _asking() if of_day else sys._getframe(1), unit, of_day=of_day)
+        return _time_for(clock(), _caller() if of_day else sys._getframe(1), unit, of_day=of_day)
 
     return read
 
 
 def _clock_of(clock: Callable[[int], Any], unit: int) -> Callable[[int], Any]:
-    """The clock of a number, of which one is the clock of the day."""
+    """A function that reads the clock of a number, such as the clock of the day."""
 
     def read(number: int) -> Any:
-        return _shown(clock(number), sys._getframe(1), unit, of_day=number == time.CLOCK_REALTIME)
+        return _time_for(clock(number), sys._getframe(1), unit, of_day=number == time.CLOCK_REALTIME)
 
     return read
 
 
-def _shown(true: Any, frame: FrameType | None, unit: int = 1, *, of_day: bool = True) -> Any:
-    """What a clock with so many units in a second shows to the code that asks."""
+def _time_for(true: Any, frame: FrameType | None, unit: int = 1, *, of_day: bool = True) -> Any:
+    """The time that a clock, with ``unit`` units in a second, shows to the code of ``frame``."""
     if frame is None or _is_python(frame) or _name(frame).startswith("runner."):
         return true
     if _ticks is not None:
-        _note(frame)
+        _note_caller(frame)
         return type(true)(_NOW * unit + next(_ticks[_name(frame)]) * unit / 1000)
     if not _is_users(frame):
         return true
     if _fast:
-        _note(frame)
+        _note_caller(frame)
     more = _step_seconds if threading.get_ident() == _training_thread else 0
     return true + unit * ((_ahead if of_day else 0) + more)
 
 
-def _showing(show: Callable[..., Any], position: int, *, as_struct: bool) -> Callable[..., Any]:
+def _with_present_time(show: Callable[..., Any], position: int, *, as_struct: bool) -> Callable[..., Any]:
     """A function of ``time`` that shows the present time where none is passed at that position."""
 
-    def shown(*arguments: Any) -> Any:
+    def show_now(*arguments: Any) -> Any:
         if len(arguments) <= position or arguments[position] is None:
-            now = _shown(_true_time(), _asking())
+            now = _time_for(_true_time(), _caller())
             arguments = (*arguments[:position], _true_localtime(now) if as_struct else now)
         return show(*arguments)
 
-    return shown
+    return show_now
 
 
 def _datetime_now(cls: Any, tz: Any = None) -> Any:
-    return cls.fromtimestamp(_shown(_true_time(), _asking()), tz)
+    return cls.fromtimestamp(_time_for(_true_time(), _caller()), tz)
 
 
 def _datetime_utcnow(cls: Any) -> Any:
-    return cls.fromtimestamp(_shown(_true_time(), _asking()), datetime.timezone.utc).replace(tzinfo=None)
+    return cls.fromtimestamp(_time_for(_true_time(), _caller()), datetime.timezone.utc).replace(tzinfo=None)
 
 
 class _Datetime64Meta(type):
-    """numpy's ``datetime64`` as the user's modules see it: only "now" and "today" are others."""
+    """numpy's ``datetime64`` as the user's modules see it: with another "now" and "today"."""
 
     def __call__(cls, *arguments: Any) -> Any:
         value = _datetime64(*arguments)
         if arguments[:1] in (("now",), ("today",)):
-            value = _datetime64(int(_shown(_true_time(), _asking())), "s").astype(value.dtype)
+            value = _datetime64(int(_time_for(_true_time(), _caller())), "s").astype(value.dtype)
         return value
 
     def __instancecheck__(cls, value: Any) -> bool:
@@ -208,7 +210,7 @@ class _NumpyModule(ModuleType):
         return _Datetime64 if _is_users(sys._getframe(1)) else _datetime64
 
 
-def _asking() -> FrameType | None:
+def _caller() -> FrameType | None:
     """The first frame beyond this module and python's own library."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and (frame.f_code.co_filename == __file__ or _is_python(frame)):
@@ -232,8 +234,8 @@ def _is_users(frame: FrameType | None) -> bool:
     )
 
 
-def _note(frame: FrameType | None) -> None:
-    """Note the user's line from which a frame was called."""
-    place = source.of_stack(frame)
-    if place and place not in callers and len(callers) < _PLACES:
-        callers.append(place)
+def _note_caller(frame: FrameType | None) -> None:
+    """Note the user's line that called a frame."""
+    line = source.of_stack(frame)
+    if line and line not in callers and len(callers) < _MOST_CALLERS:
+        callers.append(line)

@@ -20,7 +20,7 @@ from runner.verify.execution import Executor, Kill, RunTrace
 from runner.verify.fingerprint import UNSEEN
 from runner.verify.memory import HOOKS, PROCESS
 
-_CHUNKS = 8  # of suspects that are tried one by one, or left out one by one
+_CHUNKS = 8  # suspects, or groups of them, that are tried or left out one by one
 # Where to look first for the memory behind a part, and the method behind a cause.
 _NEAREST = {
     "data order": ("data.",),
@@ -37,11 +37,11 @@ _METHODS = {
     "stopping": "load_state_dict",
     "evaluation": "evaluation_step",
 }
-_SETTERS = {"getcwd": "chdir"}  # of settings of the process; for others "set" stands where "get" does
-_MORE_STEPS = 8  # after the first that differed: what varies by chance may be equal in one step
-_OF_WORKERS = ("data order", "augmentation", "generators", "data")  # parts that data workers have a hand in
-# What may make two undisturbed runs differ: the cause, and the override that holds it constant, if no pin does.
-_HELD = {
+_SETTERS = {"getcwd": "chdir"}  # other settings of the process have "set" for "get"
+_MORE_STEPS = 8  # compared after the first that differed: chance may give equal values in a single step
+_OF_WORKERS = ("data order", "augmentation", "generators", "data")  # parts that data workers compute
+# Causes by which two undisturbed runs may differ, and the override that holds each constant; None: a pin does.
+_CONSTANT = {
     "pid": None,
     "time": None,
     "entropy": None,
@@ -61,7 +61,7 @@ class Investigation:
         self._progress = progress
         self._runs = 0
         self._until = 0  # the last step that is compared
-        self._moved = False  # whether resumed attempts lack the temporary files of those before
+        self._new_machine = False  # whether resumed attempts lack the temporary files of attempts before
         self._killed = base  # the last run that was killed and resumed
         self._sources = base.sources
         self._reached: dict[str, str] = (base.evidence or {}).get("reached", {})
@@ -69,7 +69,7 @@ class Investigation:
     def diagnose(self, run: RunTrace, difference: FirstDifference) -> Cause:
         """Find the cause of a difference between a killed run and the undisturbed one."""
         self._until = min(difference.step + _MORE_STEPS, self._plan.steps)
-        self._moved = run.attempts[difference.attempt].request.moved
+        self._new_machine = run.attempts[difference.attempt].request.new_machine
         cause = self._without_kills() or self._without_resume()
         if cause is None:
             self._until = max(difference.step, 1)
@@ -91,11 +91,11 @@ class Investigation:
             if self._equal("the same again", 2, again):
                 whole = self.run(steps=self._plan.limit)
                 if self.differs("undisturbed, with as many steps as the killed run", whole):
-                    left = self._equal("the same with fewer steps", 1, whole, steps=self._until)
-                    cause = CAUSES["files" if left else "length"].seen_in(difference.part, difference.path)
-                    return cause.reaching(self._reached if left else {})
+                    equal = self._equal("the same with fewer steps", 1, whole, steps=self._until)
+                    cause = CAUSES["files" if equal else "length"].seen_in(difference.part, difference.path)
+                    return cause.reaching(self._reached if equal else {})
             else:
-                return self.hold(difference)
+                return self.cause_by_pin(difference)
         self._base = again
         silent = self.run(silent=True)
         if difference := self.differs("undisturbed, its state taken for checkpoints alone", silent):
@@ -112,7 +112,7 @@ class Investigation:
         if difference := self.differs("undisturbed, in a process with another hash seed", other):
             if self._equal("the same again", 1, other, server=1) and self._equal("with the first hash seed again", 1):
                 return CAUSES["hash"].seen_in(difference.part)
-            return self.hold(difference)
+            return self.cause_by_pin(difference)
         later = self.run(shift=SHIFT_SECONDS)
         if difference := self.differs("undisturbed, at another time of another day", later):
             return replace(CAUSES["time"].seen_in(difference.part, difference.path), where=_callers(later))
@@ -121,17 +121,17 @@ class Investigation:
             if difference := self.differs(f"undisturbed, {number} data workers", again):
                 # With equal data it is something else, which happens to differ now.
                 same = difference.part in _OF_WORKERS and self._equal("the same again", 1, again, workers=number)
-                return of_workers(difference) if same else self.hold(difference)
+                return of_workers(difference) if same else self.cause_by_pin(difference)
         return None
 
     def _equal(self, trial: str, times: int, base: RunTrace | None = None, **fields: Any) -> bool:
         """Whether so many more runs are equal."""
         return not any(self.differs(trial, self.run(**fields), base) for _ in range(times))
 
-    def hold(self, difference: FirstDifference) -> Cause:
-        """The cause whose pin makes undisturbed runs equal, which are not so without: neither before nor after."""
+    def cause_by_pin(self, difference: FirstDifference) -> Cause:
+        """The cause whose pin makes undisturbed runs equal, if they differ without the pin, before and after."""
         varies = True
-        for name, override in _HELD.items():
+        for name, override in _CONSTANT.items():
             overrides, pins = ([override], ()) if override else ([], (name,))
             first, second = (self.run(*overrides, pins=pins) for _ in range(2))
             if first.failure and first.failure.kind == "kernel":
@@ -175,7 +175,7 @@ class Investigation:
         return cause or of_part(reproduced)
 
     def _convict(self, difference: FirstDifference, step: int) -> Cause | None:
-        """The memory that makes a resumed process continue like the undisturbed one; else, as a guess, others."""
+        """The cause by the memory with which a resumed process goes on like the undisturbed one; or else a guess."""
         groups = suspects(difference, next(iter(self._killed.attempts[-1].select("resumed")), {}))
         unseen = {path: words for path, words in self._base.by_step()[step]["memory"].items() if UNSEEN in words}
         trial = _Trial(self, step, [*groups, *(path for path in unseen if path not in groups)])
@@ -195,14 +195,14 @@ class Investigation:
         return replace(cause, where=self._line_of((paths or untried)[0]))
 
     def _line_of(self, path: str) -> str:
-        """The line that changes memory: of the object that has it, or else of another."""
+        """The line that changes memory: of the object that holds it, or else of another object."""
         root = next((key for key in self._sources if path.startswith(key)), "task")
         names = re.findall(r"\w+", re.sub(r" \((its (value|position|object)|a .*?)\)", "", path))[::-1]
         if path.startswith(PROCESS):
             names = [_SETTERS.get(name, name.replace("get", "set", 1)) for name in names]
         others = sorted((key for key in self._sources if key != root), key=lambda key: key.startswith("data."))
-        places = [place for key in others for place in self._sources[key]]
-        return source.line_of(names, self._sources.get(root, []), places)
+        elsewhere = [lines for key in others for lines in self._sources[key]]
+        return source.line_of(names, self._sources.get(root, []), elsewhere)
 
     def _with_stop(self, run: RunTrace, difference: FirstDifference) -> Cause:
         """The cause of a difference that SIGKILL does not reproduce: the last stop by SIGTERM, or an unsure one."""
@@ -226,7 +226,7 @@ class Investigation:
         """A run that is killed after ``step`` is committed, and resumed by an attempt with ``fields``."""
         run = self._new()
         self._attempt(run, kill=kill, every=step, pins=pins)
-        self._attempt(run, every=step, pins=pins, moved=self._moved, **fields)
+        self._attempt(run, every=step, pins=pins, new_machine=self._new_machine, **fields)
         return run
 
     def run(self, *overrides: str, **fields: Any) -> RunTrace:
@@ -274,11 +274,11 @@ class _Trial:
         self._investigation = investigation
         self._step = step
         self._paths = paths
-        self.tested: set[str] = set()  # which could be put into another process
+        self.tested: set[str] = set()  # paths that could be put into another process
         self._base = investigation.run(take=step, suspects=tuple(paths)) if paths else None
 
     def minimal(self, part: str) -> list[str]:
-        """The fewest paths that make the difference go away; none if all of them do not."""
+        """The fewest paths that suffice to make the difference go away; none if even all of them do not."""
         paths = sorted(self._paths, key=lambda path: not path.startswith(_NEAREST.get(part, ("task", "model"))))
         if not paths or not self._equal(paths):
             single = paths[:_CHUNKS] if len(paths) > 1 else []  # one of them may have broken the process

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
+from runner.config.identity import flatten
 from runner.verify.execution import Event, RunTrace
 from runner.verify.memory import PROCESS, TIED
 
@@ -53,7 +54,7 @@ class FirstDifference:
             return ""
         gap = abs(self.actual - self.expected)
         relative = gap / abs(self.expected) if self.expected else math.inf
-        return f"a difference of {gap:.3g}, which is {relative:.2g} of it"
+        return f"a difference of {gap:.3g}, {relative:.2g} of the undisturbed value"
 
 
 def first_difference(run: RunTrace, undisturbed: RunTrace, *, until: int | None = None) -> FirstDifference | None:
@@ -69,8 +70,8 @@ def first_difference(run: RunTrace, undisturbed: RunTrace, *, until: int | None 
             continue
         if restored:
             remembered = tuple(unequal(expected["memory"], event["memory"])) if "memory" in event else ()
-        last_of_one = ends is not None and step == min(ends)
-        for part, path, was, now in _compare(expected, event, restored=restored, last_of_one=last_of_one):
+        one_run_ends = ends is not None and step == min(ends)
+        for part, path, was, now in _compare(expected, event, restored=restored, one_run_ends=one_run_ends):
             return FirstDifference(step, attempt, part, path, was, now, restored, remembered, changing)
     if ends is None or (until is not None and min(ends) >= until):
         return None
@@ -100,7 +101,7 @@ def difference_of_results(run: RunTrace, undisturbed: RunTrace) -> FirstDifferen
             compared.append((step, "checkpoint", before, state))
     for old, new in zip_longest(expected["lines"], actual["lines"], fillvalue=Event()):
         compared.append((new.get("step", 0), "metric lines", old, new))
-    compared.append((actual["result"].get("step", 0), "result", _flat(expected["result"]), _flat(actual["result"])))
+    compared.append((actual["result"].get("step", 0), "result", flatten(expected["result"]), flatten(actual["result"])))
     for step, part, before, after in compared:
         for path, was, now in unequal(before, after):
             return FirstDifference(step, len(run.attempts) - 1, part, path, was, now)
@@ -108,17 +109,17 @@ def difference_of_results(run: RunTrace, undisturbed: RunTrace) -> FirstDifferen
 
 
 def lost_memory(run: RunTrace, undisturbed: RunTrace) -> tuple[Remembered, ...]:
-    """Memory that training changes and that a load lost, as (path, undisturbed, killed): one entry for a container,
-    of data sets (whose samples were compared) only numbers, and none for what libraries keep for themselves.
+    """Memory that training changes and that a load lost, as (path, undisturbed, killed): one entry for a container;
+    of data sets, whose samples were compared, only numbers; without the internals of libraries.
     """
     steps, changing = undisturbed.by_step(), {path for path, _, _ in changes(undisturbed)}
-    private = (undisturbed.evidence or {}).get("private", ())
+    internals = (undisturbed.evidence or {}).get("private", ())
     entries = [
         entry
         for _, event in run.compared()
         if event["event"] == "resumed" and "memory" in event and event["step"] in steps
         for entry in unequal(steps[event["step"]]["memory"], event["memory"])
-        if entry[0] in changing and not entry[0].startswith((*private,))
+        if entry[0] in changing and not entry[0].startswith((*internals,))
         if not entry[0].startswith("data.") or _NUMBER.fullmatch(entry[1] or "")
     ]
     return tuple({entry[0].partition("[")[0]: entry for entry in entries}.values())
@@ -131,12 +132,12 @@ def in_words(entries: Iterable[Remembered], change: str = " and is {} after load
 
 
 def suspects(difference: FirstDifference, resumed: Event) -> dict[str, list[Remembered]]:
-    """The values that a process lacked after loading, by the path at which they can be put into it: that of a whole
+    """The values that a process lacked after loading, by the path at which they can be put into it: the path of a whole
     container, or of the outermost object that the process (as ``resumed``) does not have.
     """
     changed = {path for path, _, _ in difference.changing}
-    saved = [path.replace("/", ".") for path in resumed.get("state", {}) if path.startswith("model/")]
-    present = {prefix for path in [*resumed.get("memory", {}), *saved] for prefix in _prefixes(path)}
+    of_model = [path.replace("/", ".") for path in resumed.get("state", {}) if path.startswith("model/")]
+    present = {prefix for path in [*resumed.get("memory", {}), *of_model] for prefix in _prefixes(path)}
     entries = [entry for entry in difference.remembered if entry[0] in changed or not entry[0].startswith(PROCESS)]
     groups: dict[str, list[Remembered]] = {}
     for entry in sorted(entries, key=lambda entry: entry[0] not in changed):
@@ -155,7 +156,7 @@ _PART = re.compile(r"\.\w+(?: \(a [^)]*\))?| \(its \w+\)")
 
 
 def _prefixes(path: str) -> list[str]:
-    """A path and the paths of what holds it, the outermost first; a container is not entered."""
+    """A path and the paths of the objects that hold it, the outermost first; a container is not entered."""
     root = _ROOT.match(path)
     prefixes = [root[0] if root else path]
     while part := _PART.match(path, len(prefixes[-1])):
@@ -192,15 +193,15 @@ def changes(run: RunTrace) -> tuple[Remembered, ...]:
 
 
 def changes_by_step(run: RunTrace) -> dict[int, list[Remembered]]:
-    """For each step, the memory that differs from that at the start, as (path, first, now)."""
+    """For each step, the memory that differs from the memory at the start, as (path, first, now)."""
     memories = [(event["step"], event["memory"]) for _, event in run.compared()]
     return {step: [*unequal(memories[0][1], memory)] for step, memory in memories}
 
 
 def _compare(
-    expected: Event, actual: Event, *, restored: bool, last_of_one: bool
+    expected: Event, actual: Event, *, restored: bool, one_run_ends: bool
 ) -> Iterator[tuple[str, str, Any, Any]]:
-    """The parts that differ, with path and values. ``last_of_one``: one of the runs ended with this step, and may
+    """The parts that differ, with path and values. ``one_run_ends``: one of the runs ended with this step, and may
     therefore have an evaluation, and callbacks in another state.
     """
     if not restored:
@@ -220,9 +221,9 @@ def _compare(
             callbacks.append((part, path, was, now))
         else:
             yield part, path, was, now
-    if not restored and (not last_of_one or (expected["evaluation"] and actual["evaluation"])):
+    if not restored and (not one_run_ends or (expected["evaluation"] and actual["evaluation"])):
         yield from (("evaluation", *rest) for rest in unequal(expected["evaluation"], actual["evaluation"]))
-    if not last_of_one:
+    if not one_run_ends:
         yield from callbacks
 
 
@@ -232,9 +233,3 @@ def unequal(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> Iterator[
         was, now = expected.get(key), actual.get(key)
         if was != now and not (was != was and now != now):  # NaN equals NaN here
             yield key, was, now
-
-
-def _flat(tree: Any, path: str = "") -> dict[str, Any]:
-    if isinstance(tree, dict) and tree:
-        return {key: leaf for name, inner in tree.items() for key, leaf in _flat(inner, f"{path}/{name}").items()}
-    return {path.strip("/"): tree}

@@ -21,8 +21,8 @@ from runner.verify.source import Lines
 
 _HASH_SEEDS = ("1", "2")
 _LONGEST_PATH = 70  # bytes of a temporary folder: a socket of multiprocessing below it needs 34 of at most 107
-_LAST_LINES = 12  # of a log, for the verdict
-_SECOND = 15  # of a minute, in which attempts seem to begin: short ones do not come to another minute
+_LAST_LINES = 12  # at the end of a log, for the verdict
+_SECOND = 15  # attempts seem to begin at this second of a minute, and short attempts end in the same minute
 STOPS = ("stop", "evaluating")  # moments of SIGTERM; at all others the kill is SIGKILL
 
 
@@ -47,7 +47,7 @@ class AttemptRequest:
     A ``silent`` attempt records neither states nor memory, because a user's ``state_dict`` may change something. The
     user's clocks are ``shift`` seconds ahead and ``late`` seconds behind. After ``limit`` seconds the attempt is ended,
     as a failure. ``imports`` are modules that it needs. It has the temporary files of the run's earlier attempts,
-    unless it is ``moved``, as to another machine. With ``removes`` it removes the run instead.
+    but not on a ``new_machine``. With ``removes`` it removes the run instead.
     """
 
     name: str
@@ -67,7 +67,7 @@ class AttemptRequest:
     late: int = 0
     limit: float | None = None
     imports: tuple[str, ...] = ()
-    moved: bool = False
+    new_machine: bool = False
     removes: bool = False
 
     @classmethod
@@ -155,7 +155,7 @@ class OutOfTime(Exception):
 Event = dict[str, Any]
 
 _COMPARED = ("step", "resumed", "evaluated")
-# Fields that every rank has for itself, and where they are merged to; only ``state`` is compared with a checkpoint.
+# Fields that differ between ranks, and the fields to merge them into: ``state`` must stay as in a checkpoint.
 _PER_RANK = {"batch": "batch", "generators": "generators", "gradients": "gradients", "state": "others"}
 
 
@@ -293,13 +293,13 @@ class Executor:
     imports: tuple[str, ...] = ()
     clock: int = field(default_factory=lambda: int(time.time()) // 60 * 60 + _SECOND)
 
-    def left(self) -> float:
-        """The seconds that are left."""
+    def seconds_left(self) -> float:
+        """The seconds until the deadline."""
         return self.deadline - time.monotonic()
 
     def attempt(self, run: RunTrace, *overrides: str, workers: int, server: int = 0, **fields: Any) -> AttemptTrace:
         """Make the next attempt at a run; ``fields`` are those of an AttemptRequest. Raises OutOfTime."""
-        limit = min(self.limit, self.left())
+        limit = min(self.limit, self.seconds_left())
         if limit <= 0:
             raise OutOfTime
         arguments = (
@@ -321,7 +321,7 @@ class Executor:
             late=round(time.time() - self.clock),
             **fields,
         )
-        if request.moved or not run.attempts:
+        if request.new_machine or not run.attempts:
             shutil.rmtree(request.temporary, ignore_errors=True)
         began = time.monotonic()
         status = self.servers[server](request)
@@ -340,7 +340,7 @@ class Executor:
 
 
 def _events(request: AttemptRequest) -> tuple[Event, ...]:
-    """The events of rank 0, with the fields that other ranks have for themselves, and how the others ended."""
+    """The events of rank 0, with the fields that differ between ranks from all of them, and how the others ended."""
     events, *others = (_read(request.record(rank)) for rank in range(request.processes))
     for rank, record in enumerate(others, 1):
         by_step = {(event["event"], event["step"]): event for event in record if event["event"] in _COMPARED}

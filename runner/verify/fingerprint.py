@@ -47,7 +47,7 @@ from runner.checkpoint.manifest import digest
 from runner.checkpoint.sharding import is_distributed
 from runner.hashing import hex_digest
 
-_FEW_KEYS = 64
+_FEW_KEYS = 64  # a larger dict is digested as a whole
 _SHORT = 48  # characters of a value that stands for itself
 
 
@@ -87,8 +87,8 @@ def _values(path: str, value: Any) -> Iterator[tuple[str, str]]:
         for key, inner in value.items():
             yield from _values(f"{path}/{key}", inner)
     elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
-        for place, inner in enumerate(value):
-            yield from _values(f"{path}/{place}", inner)
+        for number, inner in enumerate(value):
+            yield from _values(f"{path}/{number}", inner)
     elif not (isinstance(value, dict) and value.get("$") == "tensor"):
         text = json.dumps(value, sort_keys=True)
         yield path, text if len(text) <= _SHORT else digest(text.encode())
@@ -99,7 +99,7 @@ PLAIN = (str, bytes, bool, int, float, complex, type(None))
 _WIDE = 40  # characters up to which a value is shown whole
 IN_STATE = " in state "  # stands in the description of every generator of random numbers
 UNSEEN = "cannot be looked into"
-names_of_runs: list[str] = []  # of this process: folders that are named after the run, which memory may have in texts
+names_of_runs: list[str] = []  # folders that are named after this process's run; texts in memory may have them
 
 _LOOKS_BACK = (MethodType, BuiltinFunctionType, MethodWrapperType, GeneratorType, ContextVar, weakref.ref)
 _NO_VALUE = (ModuleType, CodeType, FrameType, TracebackType, logging.Logger)
@@ -195,19 +195,19 @@ def _opaque(value: Any) -> str | None:
 
 def _iterator(value: Any) -> str:
     """The position of an iterator of python's own, which says how it would be copied."""
-    pieces, waiting, seen = [], [value], {}
+    pieces, waiting, visited = [], [value], {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         while waiting:
             inner = waiting.pop()
-            seen[id(inner)] = inner
+            visited[id(inner)] = inner
             if "__next__" in vars(type(inner)) and type(inner) is not GeneratorType:
                 kind: Any = type(inner)
                 parts = kind.__reduce__(inner)
             else:
                 parts = inner if type(inner) is tuple else ()
                 pieces.append((parts and "(") or describe(inner) or str(plain_bytes(inner)))
-            waiting += [each for each in parts if id(each) not in seen]
+            waiting += [each for each in parts if id(each) not in visited]
     return f"a {type_name(type(value))} at {short_digest(repr(pieces).encode())}"
 
 
@@ -258,7 +258,7 @@ def _generator(value: Any) -> str | None:
 
 
 def _memory(tensor: torch.Tensor) -> Any:
-    """The memory of a contiguous CPU tensor. Not by numpy, after which FSDP could not resize the storage any more."""
+    """The memory of a contiguous CPU tensor. After a view by numpy, FSDP could not resize the storage any more."""
     size = tensor.numel() * tensor.element_size()
     return (ctypes.c_ubyte * size).from_address(tensor.data_ptr()) if size else b""
 
@@ -275,7 +275,7 @@ def describe_array(value: Any) -> str:
             single, text = tensor.numel() == 1, of_value(tensor)
             return _short(repr(tensor.item())) if single else _of_array(tensor, text)
     plain: Any = np.ndarray.view(value, np.ndarray) if is_a(value, np.ndarray) else value
-    if _is_read_only_file(plain):  # as large as any, and nothing here can change it
+    if _is_read_only_file(plain):  # it may be of any size, and nothing here can change it
         return f"{plain.dtype}{[*plain.shape]} of a file"
     return _short(repr(plain.item())) if plain.size == 1 else _of_array(plain, of_value(plain))
 

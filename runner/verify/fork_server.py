@@ -2,8 +2,8 @@
 
 An attempt is ``python -m runner`` to the last system call, in a process group of its own; only imports are inherited.
 An attempt of several processes is started as by a launcher: all are in one group, and know the address of rank 0.
-Requests are lines of JSON on standard input. When it ends, the client may have been killed, and the running attempt and
-this process end, too. An attempt leaves no process behind, not even in a session of its own.
+Requests are lines of JSON on standard input. When the input ends, the client may have been killed: the running attempt
+and this process end, too. An attempt leaves no process behind, not even in a session of its own.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ from runner.errors import RunnerError, kind_of, printable
 from runner.verify.execution import AttemptRequest
 
 _TICK_SECONDS = 0.005
-_PLACES = 10  # of threads, for the verdict
+_MOST_LINES = 10  # of threads, for the verdict
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of <sys/prctl.h>: processes without a parent become children of this one
 _IMPORTS = ("torch._dynamo", "runner.app", "runner.experiment", "runner.runs.audit", "runner.verify.recorder")
-_OF_SEVERAL = ("runner.distributed.processes", "runner.distributed.parallel")
+_IMPORTS_OF_SEVERAL = ("runner.distributed.processes", "runner.distributed.parallel")
 
 
 def serve() -> None:
@@ -46,7 +46,7 @@ def serve() -> None:
     gc.freeze()  # else the first collection in each attempt copies every page
     for line in open(0, "rb", buffering=0):  # ``select`` must see whether there is more
         request = AttemptRequest.parse(line)
-        _import([*request.imports, *(_OF_SEVERAL if request.processes > 1 else ())])
+        _import([*request.imports, *(_IMPORTS_OF_SEVERAL if request.processes > 1 else ())])
         try:
             status = _wait(_fork(request), request)
         finally:
@@ -67,7 +67,7 @@ def _fork(request: AttemptRequest) -> list[int]:
     pids: list[int] = []
     for rank, environment in enumerate(_environments(request.processes)):
         pid = os.fork()
-        group = pids[0] if pids else pid  # in the first process itself 0, which means its own
+        group = pids[0] if pids else pid  # in the first process itself this is 0, which stands for its own pid
         if pid == 0:
             os.environ |= environment
             _run(request, rank, group)
@@ -104,7 +104,7 @@ def _wait(pids: Sequence[int], request: AttemptRequest) -> int | None:
             sys.exit(0)
         if request.limit and time.monotonic() - began > request.limit and not overdue:
             overdue = True
-            _record_places([pid for pid in pids if pid not in codes], request)
+            _record_lines([pid for pid in pids if pid not in codes], request)
             _kill(pids[0])
     _kill(pids[0])  # data workers may have survived
     if overdue:
@@ -112,18 +112,18 @@ def _wait(pids: Sequence[int], request: AttemptRequest) -> int | None:
     return None if -signal.SIGKILL in codes.values() else next((code for code in codes.values() if code), 0)
 
 
-def _record_places(pids: Sequence[int], request: AttemptRequest) -> None:
-    """Record that an attempt takes too long, and where the threads of its processes and data workers are."""
+def _record_lines(pids: Sequence[int], request: AttemptRequest) -> None:
+    """Record that an attempt takes too long, and the code lines of its threads and data workers."""
     from runner.distributed.watchdog import dumped_line, worker_stacks
 
     workers = [child for pid in pids for child in _children(pid)]
-    places = []
+    lines = []
     for pid, stacks in worker_stacks([*pids, *workers]).items():
         who = f"process {pid}, " if pid in workers or len(pids) > 1 else ""
         for number, thread in enumerate(reversed(stacks.split("hread 0x")[1:])):  # the main thread comes last
-            places.append(f"  {who}{'another' if number else 'the main'} thread is at {dumped_line(thread)}")
+            lines.append(f"  {who}{'another' if number else 'the main'} thread is at {dumped_line(thread)}")
     title = f"attempt {request.record().stem} did not end within {request.limit:.0f} s. Where its threads were:"
-    _record_failure(request.record(), RunnerError("\n".join([title, *places[:_PLACES]]), kind="time-limit"))
+    _record_failure(request.record(), RunnerError("\n".join([title, *lines[:_MOST_LINES]]), kind="time-limit"))
 
 
 def _children(pid: int) -> list[int]:
@@ -136,7 +136,7 @@ def _children(pid: int) -> list[int]:
 
 
 def _end_all() -> None:
-    """End what an attempt has left behind: data workers, and processes in sessions of their own."""
+    """End the processes that an attempt has left behind: data workers, and processes in sessions of their own."""
     while children := _children(os.getpid()):
         for pid in children:
             with contextlib.suppress(ProcessLookupError, PermissionError, ChildProcessError):

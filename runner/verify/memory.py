@@ -36,12 +36,12 @@ from runner.run.code import is_installed
 from runner.verify import fingerprint
 from runner.verify.fingerprint import UNSEEN, describe, is_a, module_name, type_name
 
-# Marks in paths, by which ``causes`` tells kinds of memory apart; those of a model are no attributes of it.
+# Labels in paths, by which ``causes`` tells kinds of memory apart; for a model's state that is in no attribute.
 FROZEN = " (parameters with requires_grad=False)"
 EVALUATING = " (modules in eval mode)"
 GRADIENTS = " (gradients kept after the step)"
 TIED = " (parameters that are the same object)"
-MARKS = (FROZEN, EVALUATING, GRADIENTS, TIED)
+LABELS = (FROZEN, EVALUATING, GRADIENTS, TIED)
 LEFT_OUT = " (a parameter, not in its state_dict)"
 NOT_PERSISTENT = " (a buffer, persistent=False)"
 HOOKS = "_hooks["
@@ -49,25 +49,25 @@ PROCESS = "process: "
 
 
 _DEPTH = 8  # attributes and items from an object of the experiment; deeper ones are digested together
-_FEW = 16  # items up to which a container is entered item by item
+_FEW = 16  # items of a container that is entered item by item; larger ones are digested
 _BUDGET = 300_000  # values that are looked at in one moment
-_MANY = 10_000  # of these in one container, the last ones
+_MANY = 10_000  # values of one container that are looked at, from its end
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 _DESCRIPTORS = (GetSetDescriptorType, MemberDescriptorType)
 _CLASS_DICT: Any = type.__dict__["__dict__"].__get__
 _OPTIM = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
-_FIRST = ("model", "optimizer", "scheduler")  # the runner's own, which are skipped where others hold them
+_FIRST = ("model", "optimizer", "scheduler")  # visited first, and therefore skipped where other objects hold them
 # Attributes of torch's optimizers and schedulers that are in every state_dict, or have no effect.
 _SKIPPED = {"state", "param_groups", "defaults", "optimizer", "step", "_opt_called", "_get_lr_called_within_step"}
 _PATCHED = ("torch", "torch.nn.functional", "torch.nn.init", "numpy", "numpy.random", "random", "math", "time")
 
 
-class Place(NamedTuple):
-    """A value: the object at the path ``holder`` has it under ``key``, in the way that ``kind`` names. It is described
-    by ``words``, or by the places inside it.
+class Value(NamedTuple):
+    """A value in memory. The object at the path ``holder`` has it under ``key``, in the way that ``kind`` names. It is
+    described by ``words``, or by the values inside it.
     """
 
-    path: str  # while its holder is looked at, from there
+    path: str  # relative to its holder while that is looked at
     value: Any
     kind: str = ""
     key: Any = None
@@ -79,31 +79,31 @@ def memory(objects: Mapping[str, Any], state: Any = None) -> dict[str, str]:
     """``path -> value in words`` for the values of the objects, their classes and the user's modules, without the
     parameters in ``state``, which is the model's state_dict.
     """
-    return {path: place.words for path, place in places(objects, state).items() if place.words is not None}
+    return {path: each.words for path, each in values(objects, state).items() if each.words is not None}
 
 
-def places(objects: Mapping[str, Any], state: Any = None) -> dict[str, Place]:
+def values(objects: Mapping[str, Any], state: Any = None) -> dict[str, Value]:
     """The same with the objects that have values inside."""
     return _Walk(objects.get("model"), state).all(objects)
 
 
 def private(objects: Mapping[str, Any]) -> list[str]:
-    """The paths of what libraries keep for themselves: attributes with an underscore of objects of their classes."""
-    by_path = places(objects)
-    private = [each for each in by_path.values() if each.kind == "attribute" and str(each.key).startswith("_")]
-    owners = [(each.path, type(by_path[each.holder].value)) for each in private if each.holder in by_path]
+    """The paths of internals of libraries: attributes with an underscore of objects of their classes."""
+    by_path = values(objects)
+    members = [each for each in by_path.values() if each.kind == "attribute" and str(each.key).startswith("_")]
+    owners = [(each.path, type(by_path[each.holder].value)) for each in members if each.holder in by_path]
     return [path for path, owner in owners if not any(is_users(module_name(base)) for base in mro(owner))]
 
 
 def modules_of(model: Any) -> dict[str, nn.Module]:
     """Each module of a model once, by its path from the model."""
     modules, waiting = {"": model}, [""]
-    seen = {id(model)}
+    visited = {id(model)}
     while waiting:
         path = waiting.pop()
         for name, inner in dict.items(attributes(modules[path]).get("_modules", {})):
-            if inner is not None and id(inner) not in seen:
-                seen.add(id(inner))
+            if inner is not None and id(inner) not in visited:
+                visited.add(id(inner))
                 modules[f"{path}.{name}"] = inner
                 waiting.append(f"{path}.{name}")
     return modules
@@ -128,33 +128,33 @@ class _Walk:
     """One look at all objects. Keeps them alive meanwhile, so that no other object gets the same id."""
 
     def __init__(self, model: Any, state: Any) -> None:
-        self._places: dict[str, Place] = {}
-        self._seen: dict[int, Any] = {}
-        self._kinds: dict[int, tuple[str, type]] = {}  # the classes that were met, and under which object
-        self._left = _BUDGET
-        self._own: set[str] = set()
+        self._values: dict[str, Value] = {}
+        self._visited: dict[int, Any] = {}
+        self._kinds: dict[int, tuple[str, type]] = {}  # classes by id, each with the object whose memory it counts as
+        self._budget = _BUDGET
+        self._own_names: set[str] = set()
         self._model = model if is_a(model, nn.Module) else None
         modules = [] if self._model is None else [*modules_of(model).values()]
         self._of_model = {id(module) for module in modules}
-        self._saved = _saved_parameters(model, state) if modules else None
+        self._saved_ids = _saved_parameters(model, state) if modules else None
 
-    def all(self, objects: Mapping[str, Any]) -> dict[str, Place]:
-        self._own = {name for name in objects if _order(name) < len(_FIRST)}
+    def all(self, objects: Mapping[str, Any]) -> dict[str, Value]:
+        self._own_names = {name for name in objects if _order(name) < len(_FIRST)}
         for name, thing in sorted(objects.items(), key=lambda item: _order(item[0])):
             if thing is self._model:
                 for path, module in modules_of(thing).items():
-                    self._enter(name, Place(f"{name}{path}", module, "root", name), "")
-                for mark, values in marks(thing).items():
-                    self._add(f"{name}{mark}", thing, _mark_words(mark, values) or "none", name, mark)
+                    self._enter(name, Value(f"{name}{path}", module, "root", name), "")
+                for label, content in labels(thing).items():
+                    self._add(f"{name}{label}", thing, _label_words(label, content) or "none", name, label)
             else:
-                self._enter(name, Place(name, thing, "root", name), "")
+                self._enter(name, Value(name, thing, "root", name), "")
         self._shared()
-        if self._left <= 0:
+        if self._budget <= 0:
             self._add("memory", None, f"{UNSEEN} as a whole: it has more than {_BUDGET} values")
-        return self._places
+        return self._values
 
     def _add(self, path: str, value: Any, words: str | None, holder: str = "", kind: str = "", key: Any = None) -> None:
-        self._places.setdefault(path, Place(path, value, kind, key, words, holder))
+        self._values.setdefault(path, Value(path, value, kind, key, words, holder))
 
     def _shared(self) -> None:
         """What classes and modules of the user hold, and functions that the user exchanged in a library."""
@@ -185,33 +185,33 @@ class _Walk:
                 if module_name(value) == module.__name__:
                     self._class(root, value)
             elif _is_value(key, value):
-                self._enter(root, Place(f"{root} ({module.__name__}.{key})", value, "global", key), holder)
+                self._enter(root, Value(f"{root} ({module.__name__}.{key})", value, "global", key), holder)
 
     def _class(self, root: str, kind: type) -> None:
-        if id(kind) in self._seen or is_a(kind, EnumMeta):
+        if id(kind) in self._visited or is_a(kind, EnumMeta):
             return
-        self._seen[id(kind)] = kind
+        self._visited[id(kind)] = kind
         holder = f"{root} ({module_name(kind)}.{type_name(kind)})"
         self._add(holder, kind, None, "", "type", (module_name(kind), type_name(kind)))
         for key, value in [*class_dict(kind).items()]:
             if _is_value(key, value):
-                self._enter(root, Place(f"{holder[:-1]}.{key})", value, "class", key), holder)
+                self._enter(root, Value(f"{holder[:-1]}.{key})", value, "class", key), holder)
 
     def _exchanged(self, holder: Any, values: Mapping[str, Any], module: str, name: str) -> None:
-        if id(holder) in self._seen:
+        if id(holder) in self._visited:
             return
-        self._seen[id(holder)] = holder
+        self._visited[id(holder)] = holder
         for key, value in [*values.items()]:
             if type(value) is FunctionType and is_users(value.__globals__.get("__name__")):
                 path = ".".join(filter(None, (module, name, key)))
                 self._add(f"{PROCESS}{path}", value, describe(value), "", "exchanged", (module, name, key))
 
-    def _enter(self, root: str, first: Place, holder: str) -> None:
+    def _enter(self, root: str, first: Value, holder: str) -> None:
         stack = [(first.path, first, holder, 0)]
-        while stack and self._left > 0:
+        while stack and self._budget > 0:
             path, child, holder, depth = stack.pop()
-            self._left -= 1
-            inside: list[Place] = []
+            self._budget -= 1
+            inside: list[Value] = []
             try:
                 words, inside = self._look(root, path, child.value, depth)
             except Exception as error:
@@ -221,48 +221,48 @@ class _Walk:
             self._add(path, child.value, words, holder, child.kind, child.key)
             stack += [(f"{path}{each.path}", each, path, depth + 1) for each in reversed(inside)]
 
-    def _look(self, root: str, path: str, value: Any, depth: int) -> tuple[str | None, list[Place]]:
+    def _look(self, root: str, path: str, value: Any, depth: int) -> tuple[str | None, list[Value]]:
         """The words for a value, and the values inside it."""
-        if id(value) in self._seen:
+        if id(value) in self._visited:
             return None, []
         words = describe(value)
         if words is not None and not _has_more(value, words):
             return words, []
         if depth >= _DEPTH or (is_a(value, dict, list, tuple, deque) and fingerprint.length(value) > _FEW):
             return self._digested(root, value), []
-        self._seen[id(value)] = value
+        self._visited[id(value)] = value
         self._kinds.setdefault(id(type(value)), (root, type(value)))
         return words, self._inside(path, value)
 
-    def _inside(self, path: str, value: Any) -> list[Place]:
+    def _inside(self, path: str, value: Any) -> list[Value]:
         if is_a(value, nn.Module):
             return [*self._in_module(value)]
         inside = [*_inside(value)]
-        if path in self._own and is_a(value, *_OPTIM):
+        if path in self._own_names and is_a(value, *_OPTIM):
             return [each for each in inside if each.key not in _SKIPPED]
         return inside
 
-    def _in_module(self, module: Any) -> Iterator[Place]:
+    def _in_module(self, module: Any) -> Iterator[Value]:
         members, of_model = attributes(module), id(module) in self._of_model
         transient = members.get("_non_persistent_buffers_set", ())
         for name, inner in dict.items(members.get("_parameters", {})):
             if inner is not None:
-                saved = of_model and (self._saved is None or id(inner) in self._saved)
-                mark = LEFT_OUT if of_model and not saved else ""
-                yield Place(f".{name}{mark}", inner, "saved" if saved else "_parameters", name)
+                saved = of_model and (self._saved_ids is None or id(inner) in self._saved_ids)
+                label = LEFT_OUT if of_model and not saved else ""
+                yield Value(f".{name}{label}", inner, "saved" if saved else "_parameters", name)
         for name, inner in dict.items(members.get("_buffers", {})):
             if inner is not None:
                 saved = of_model and name not in transient
-                mark = NOT_PERSISTENT if of_model and not saved else ""
-                yield Place(f".{name}{mark}", inner, "saved" if saved else "_buffers", name)
+                label = NOT_PERSISTENT if of_model and not saved else ""
+                yield Value(f".{name}{label}", inner, "saved" if saved else "_buffers", name)
         for name, inner in dict.items(members.get("_modules", {})):
             if id(inner) not in self._of_model:  # these are entered by themselves
-                yield Place(f".{name}", inner, "_modules", name)
+                yield Value(f".{name}", inner, "_modules", name)
         for name, inner in members.items():
             hooks = name.endswith("_hooks") and is_a(inner, dict) and fingerprint.length(inner)
             counts = name not in _INTERNAL and not (name == "training" and (of_model or inner is True))
             if hooks or counts:
-                yield Place(f".{name}", inner, "attribute", name)
+                yield Value(f".{name}", inner, "attribute", name)
 
     def _digested(self, root: str, value: Any) -> str:
         """A value with all that is inside it in one line."""
@@ -270,13 +270,13 @@ class _Walk:
         if plain is None:
             pieces: list[bytes] = []
             waiting = [("", value)]
-            while waiting and self._left > 0 and len(pieces) < _MANY:
+            while waiting and self._budget > 0 and len(pieces) < _MANY:
                 key, inner = waiting.pop()
-                self._left -= 1
+                self._budget -= 1
                 words = describe(inner)
                 pieces.append(f"{key} {words or type_name(type(inner))}".encode())
-                if (words is None or _has_more(inner, words)) and id(inner) not in self._seen:
-                    self._seen[id(inner)] = inner
+                if (words is None or _has_more(inner, words)) and id(inner) not in self._visited:
+                    self._visited[id(inner)] = inner
                     self._kinds.setdefault(id(type(inner)), (root, type(inner)))
                     waiting += [(each.path, each.value) for each in self._inside("", inner)]
             plain, rest = b"\n".join(pieces), f", most of which {UNSEEN}" if waiting else ""
@@ -284,8 +284,8 @@ class _Walk:
         return f"a {type_name(type(value))}{size} {fingerprint.short_digest(checksum(plain).encode())}{rest}"
 
 
-def marks(model: Any) -> dict[str, Any]:
-    """The state of a model that is in no ``state_dict`` and no attribute, by its mark: names of parameters, or values
+def labels(model: Any) -> dict[str, Any]:
+    """The state of a model that is in no ``state_dict`` and no attribute, by its label: names of parameters, or values
     by name; of parameters that are one object, the first name by each other name.
     """
     parameters, modules = parameters_of(model), modules_of(model)
@@ -298,10 +298,10 @@ def marks(model: Any) -> dict[str, Any]:
     }
 
 
-def _mark_words(mark: str, values: Any) -> str:
-    if mark == GRADIENTS:
+def _label_words(label: str, values: Any) -> str:
+    if label == GRADIENTS:
         return ", ".join(f"{name} {fingerprint.describe_array(value)}" for name, value in values.items())
-    if mark == TIED:
+    if label == TIED:
         return ", ".join(f"{first} = {name}" for name, first in values.items())
     return ", ".join(name.removeprefix(".") for name in values)
 
@@ -324,44 +324,44 @@ def _has_more(value: Any, words: str) -> bool:
     return bound or is_a(value, MethodType, torch.Tensor) or (words.startswith(UNSEEN) and bool(dict_of(value)))
 
 
-def _inside(value: Any) -> Iterator[Place]:
+def _inside(value: Any) -> Iterator[Value]:
     """The values inside a value, with their relative paths."""
     if is_a(value, dict):
-        for place, (key, inner) in enumerate(items(value)[-_MANY:]):
-            yield Place(f"[{_key(key, place)}]", inner, "item", key)
+        for number, (key, inner) in enumerate(items(value)[-_MANY:]):
+            yield Value(f"[{_key(key, number)}]", inner, "item", key)
     elif is_a(value, list, tuple, deque):
         content = [*fingerprint.base_of(value, list, tuple, deque).__iter__(value)][-_MANY:]
-        yield from (Place(f"[{place}]", inner, "item", place) for place, inner in enumerate(content))
+        yield from (Value(f"[{number}]", inner, "item", number) for number, inner in enumerate(content))
     elif is_a(value, np.ndarray):
         flat = np.ndarray.ravel(np.ndarray.view(value, np.ndarray))
-        yield from (Place(f"[{place}]", inner, "", place) for place, inner in enumerate(flat.tolist()))
+        yield from (Value(f"[{number}]", inner, "", number) for number, inner in enumerate(flat.tolist()))
     elif is_a(value, partial):  # as a whole: its parts cannot be set
         parts = [*enumerate(value.args), *value.keywords.items()]
-        yield from (Place(f"[{key!r}]", inner, "", key) for key, inner in [("function", value.func), *parts])
+        yield from (Value(f"[{key!r}]", inner, "", key) for key, inner in [("function", value.func), *parts])
     elif is_a(value, torch.Tensor):
         descriptor: Any = torch._C.TensorBase._backward_hooks
         hooks = [*dict.values(descriptor.__get__(value) or {})]
-        yield from (Place(f"._backward_hooks[{place}]", hook, "hook", place) for place, hook in enumerate(hooks))
+        yield from (Value(f"._backward_hooks[{number}]", hook, "hook", number) for number, hook in enumerate(hooks))
     else:
         yield from _inside_code(value)
     if type(value) is not FunctionType and not is_a(value, partial):
-        yield from (Place(f".{key}", inner, "attribute", key) for key, inner in attributes(value).items())
+        yield from (Value(f".{key}", inner, "attribute", key) for key, inner in attributes(value).items())
 
 
-def _inside_code(value: Any) -> Iterator[Place]:
+def _inside_code(value: Any) -> Iterator[Value]:
     """The values that functions, generators and references keep."""
     if type(value) is FunctionType:
         yield from variables(value)
     elif type(value) is GeneratorType:
         frame = value.gi_frame
-        yield Place(" (its position)", frame and frame.f_lasti, "", None)
-        yield from (Place(f" (its {key})", inner, "", key) for key, inner in getgeneratorlocals(value).items())
+        yield Value(" (its position)", frame and frame.f_lasti, "", None)
+        yield from (Value(f" (its {key})", inner, "", key) for key, inner in getgeneratorlocals(value).items())
     elif is_a(value, MethodType, BuiltinFunctionType):
-        yield Place(".__self__", value.__self__, "", "__self__")
+        yield Value(".__self__", value.__self__, "", "__self__")
     elif type(value) is ContextVar:
-        yield Place(" (its value)", value.get(None), "context", None)
+        yield Value(" (its value)", value.get(None), "context", None)
     elif is_a(value, weakref.ref):
-        yield Place(" (its object)", weakref.ref.__call__(value), "", None)
+        yield Value(" (its object)", weakref.ref.__call__(value), "", None)
 
 
 def items(value: Any) -> list[tuple[Any, Any]]:
@@ -373,17 +373,13 @@ def items(value: Any) -> list[tuple[Any, Any]]:
     return [by_id[id(key)] for key in OrderedDict.__iter__(value)]
 
 
-def _key(key: Any, place: int) -> str:
+def _key(key: Any, number: int) -> str:
     """A key in words. For an object its type and position: its text may contain an address."""
-    plain = type(key) is tuple and all(map(_is_plain, key))
-    return repr(key) if plain or _is_plain(key) else f"{type_name(type(key))} {place}"
+    parts = key if type(key) is tuple else (key,)
+    return repr(key) if all(id(type(part)) in _PLAIN for part in parts) else f"{type_name(type(key))} {number}"
 
 
-def _is_plain(value: Any) -> bool:
-    return id(type(value)) in _PLAIN  # a metaclass may override __eq__
-
-
-_PLAIN = frozenset(map(id, fingerprint.PLAIN))
+_PLAIN = frozenset(map(id, fingerprint.PLAIN))  # by id: a metaclass may override __eq__
 
 
 def attributes(value: Any) -> dict[str, Any]:
@@ -418,7 +414,7 @@ def dict_of(value: Any) -> Any:
 
 
 def mro(kind: type) -> tuple[type, ...]:
-    """The classes of a class, whatever its metaclass does."""
+    """A class and its bases in the order of lookup, whatever its metaclass does."""
     return type.__dict__["__mro__"].__get__(kind)  # type: ignore[no-any-return]
 
 
@@ -427,17 +423,17 @@ def class_dict(kind: type) -> Mapping[str, Any]:
     return _CLASS_DICT(kind)  # type: ignore[no-any-return]
 
 
-def variables(function: Any) -> Iterator[Place]:
+def variables(function: Any) -> Iterator[Value]:
     """The values that a function keeps from call to call: defaults, closure, attributes."""
     code, defaults = function.__code__, function.__defaults__ or ()
     names = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
-    values = [(name, value, "default", place) for place, (name, value) in enumerate(zip(names, defaults, strict=True))]
-    values += [(name, value, "keyword", name) for name, value in (function.__kwdefaults__ or {}).items()]
-    for place, (name, cell) in enumerate(zip(code.co_freevars, function.__closure__ or (), strict=True)):
+    entries = [(name, value, "default", n) for n, (name, value) in enumerate(zip(names, defaults, strict=True))]
+    entries += [(name, value, "keyword", name) for name, value in (function.__kwdefaults__ or {}).items()]
+    for number, (name, cell) in enumerate(zip(code.co_freevars, function.__closure__ or (), strict=True)):
         with suppress(ValueError):  # an empty cell
-            values.append((name, cell.cell_contents, "cell", place))
-    values += [(name, value, "attribute", name) for name, value in vars(function).items()]
-    return (Place(f" (its {name})", value, kind, key) for name, value, kind, key in values)
+            entries.append((name, cell.cell_contents, "cell", number))
+    entries += [(name, value, "attribute", name) for name, value in vars(function).items()]
+    return (Value(f" (its {name})", value, kind, key) for name, value, kind, key in entries)
 
 
 def _is_value(key: str, value: Any) -> bool:

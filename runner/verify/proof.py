@@ -17,7 +17,7 @@ from typing import Any
 
 from runner.errors import ConfigError, StorageError, printable
 from runner.storage.location import is_remote, local_root
-from runner.verify.campaign import KillPlan, Progress, evaluation_interval, plan, run_killed, run_undisturbed
+from runner.verify.campaign import KillPlan, Progress, evaluation_interval, plan_kills, run_killed, run_undisturbed
 from runner.verify.causes import CAUSES, Cause, of_error, of_part, of_structure
 from runner.verify.diagnosis import Investigation
 from runner.verify.difference import (
@@ -43,10 +43,10 @@ from runner.verify.execution import (
 from runner.verify.options import Options
 from runner.verify.source import UNTRIED, line_of
 
-LEAST_SECONDS = 60.0  # of an attempt, before it is taken for one that hangs
-TIMES = 10.0  # the seconds of the undisturbed run, before another attempt is taken for one that hangs
+LEAST_SECONDS = 60.0  # no attempt counts as hanging earlier
+TIMES = 10.0  # an attempt counts as hanging if it takes so many times as long as the undisturbed run
 _UNKNOWN = ("other", "time-limit")  # kinds of errors that say nothing of a resume
-_STATES = 6  # on the disk at once, besides those of the undisturbed run: the last ones, the best, one being written
+_STATES = 6  # of the killed run on the disk at once: the last ones, the best, and one that is being written
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +180,7 @@ def prove(command: Sequence[str], options: Options, *, progress: Progress, serve
     root = str(scratch / "runs")
     if options.root is not None:
         root = f"{options.root.rstrip('/')}/verify-{secrets.token_hex(4)}"
-    new = [] if options.root is None or is_remote(root) else _missing_folders(Path(local_root(options.root)))
+    new_folders = [] if options.root is None or is_remote(root) else _missing_folders(Path(local_root(options.root)))
     deadline = math.inf if options.minutes is None else began + 60 * options.minutes
     requests: dict[str, AttemptRequest] = {}
     keep = False
@@ -192,8 +192,8 @@ def prove(command: Sequence[str], options: Options, *, progress: Progress, serve
             )
             verdict = replace(_judge(executor, options, progress), seconds=time.monotonic() - began)
         keep = options.keep or not verdict.holds
-        places = str(scratch) if options.root is None else f"{scratch} and {root}"
-        return replace(verdict, scratch=places) if keep else verdict
+        folders = str(scratch) if options.root is None else f"{scratch} and {root}"
+        return replace(verdict, scratch=folders) if keep else verdict
     finally:
         if not keep:
             _remove(root, requests.values(), servers)
@@ -201,13 +201,13 @@ def prove(command: Sequence[str], options: Options, *, progress: Progress, serve
             shutil.rmtree(request.temporary, ignore_errors=True)
         if not keep:
             shutil.rmtree(scratch, ignore_errors=True)
-            for folder in new:
-                with suppress(OSError):  # others use it
+            for folder in new_folders:
+                with suppress(OSError):  # another process uses it
                     folder.rmdir()
 
 
 def _remove(root: str, requests: Collection[AttemptRequest], servers: Servers | None) -> None:
-    """Remove all runs from their storage, with the last request for an attempt at each."""
+    """Remove all runs from their storage; each is named by the last request for an attempt at it."""
     if not is_remote(root):
         shutil.rmtree(local_root(root), ignore_errors=True)
     elif requests:
@@ -237,12 +237,12 @@ def _judge(executor: Executor, options: Options, progress: Progress) -> Verdict:
     executor.limit = max(LEAST_SECONDS, TIMES * attempt.seconds)
     executor.imports = tuple(base.evidence["modules"])
     _require_room(executor.root, base.evidence["size"])
-    kills = plan(base, options)
+    kills = plan_kills(base, options)
     progress(f"undisturbed: {kills.steps} steps, a checkpoint every {kills.every}")
     try:
         run, kills, cut = _killed(executor, kills, attempt, progress)
     except OutOfTime:
-        refusal = "verify.minutes was over before the killed run was finished; allow more"
+        refusal = "verify.minutes ended before the killed run did; give it more"
         return replace(verdict, refusal=refusal, cause=CAUSES["incomplete"])
     verdict = _compare(executor, kills, base, run, progress)
     unproven = _unproven(base, run) if verdict.holds else ()
@@ -252,7 +252,7 @@ def _judge(executor: Executor, options: Options, progress: Progress) -> Verdict:
 def _killed(
     executor: Executor, kills: KillPlan, undisturbed: AttemptTrace, progress: Progress
 ) -> tuple[RunTrace, KillPlan, list[str]]:
-    """The killed run, its plan and a note. Where another number of data workers is what fails, that is left out."""
+    """The killed run, its plan and notes. If only attempts with another number of workers fail, it is run without."""
     run = run_killed(executor, kills, undisturbed, progress)
     last, first = run.attempts[-1], kills.workers[:1]
     if not last.failure or last.failure.kind not in _UNKNOWN or last.workers in first:
@@ -271,7 +271,7 @@ def _require_room(root: str, size: int) -> None:
     if free < _STATES * size:
         raise StorageError(
             f"{root} has {free / 1e9:.1f} GB free, and the proof needs {_STATES * size / 1e9:.1f} GB there for "
-            f"{_STATES} checkpoints of {size / 1e9:.1f} GB; give a larger place with verify.root=..."
+            f"{_STATES} checkpoints of {size / 1e9:.1f} GB; give a larger disk with verify.root=..."
         )
 
 
@@ -302,7 +302,7 @@ def _compare(executor: Executor, kills: KillPlan, base: RunTrace, run: RunTrace,
 
 
 def _of_failure(failure: AttemptFailure, base: RunTrace, changed: str) -> Cause:
-    """The cause of an error. ``changed`` is memory of the data set that was seen to change, in words."""
+    """The cause of an error. ``changed``: memory of the data set that changes, in words."""
     sources = base.sources
     structure = structural_changes(base) if failure.kind in ("restore", "structure") else []
     if structure:
@@ -342,7 +342,7 @@ def _unfinished(run: RunTrace) -> str:
 
 
 def _changes_while_probed(run: RunTrace) -> str:
-    """Memory of a data set that the runner refused, as far as drawing a few samples changed it."""
+    """Memory of a data set that the runner refused, if drawing a few samples changed it."""
     last = run.attempts[-1]
     before = {path: value for event in last.select("instances") for path, value in event["memory"].items()}
     after = {path: value for event in last.select("refused") for path, value in event["memory"].items()}
@@ -350,7 +350,7 @@ def _changes_while_probed(run: RunTrace) -> str:
 
 
 def _unproven(base: RunTrace, run: RunTrace) -> Iterator[str]:
-    """What had no effect within the steps of a proof that holds."""
+    """Notes on memory and inputs that had no effect within the steps of a proof that holds."""
     if lost := in_words(lost_memory(run, base)):
         yield f"not proven: not in the state, and without effect within these steps: {lost}"
     reached = (base.evidence or {})["reached"]
@@ -372,9 +372,7 @@ def _notes(kills: KillPlan, base: RunTrace, run: RunTrace) -> list[str]:
     if built["evaluated_every"]:
         notes.append(f"evaluated every {built['evaluated_every']} steps, besides what is configured")
     if missing := len(kills.kills) - sum(attempt.killed is not None for attempt in run.attempts):
-        notes.append(
-            f"{missing} of {len(kills.kills)} kills did not come: the run ended before, or verify.minutes was over"
-        )
+        notes.append(f"{missing} of {len(kills.kills)} kills did not come: the run or verify.minutes ended before")
     if not any(event["evaluation"] for _, event in base.steps() if event["step"] < kills.steps):
-        notes.append("no evaluation but the last lies within these steps; verify.steps=... reaches further")
+        notes.append("these steps have no evaluation but the last; verify.steps=... reaches further")
     return notes

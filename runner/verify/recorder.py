@@ -44,7 +44,7 @@ _WRITERS = ("runner.metrics.tensorboard.", "runner.metrics.lines.")
 
 def install(request: AttemptRequest, rank: int) -> None:
     """Observe this process as the request asks."""
-    controls.hold(*(pin for pin in request.pins if pin != "evaluation"), ahead=request.shift, late=request.late)
+    controls.pin(*(pin for pin in request.pins if pin != "evaluation"), ahead=request.shift, late=request.late)
     observers.append(Remover() if request.removes else Recorder(request, rank))
 
 
@@ -65,17 +65,17 @@ class Recorder(Observer):
     def __init__(self, request: AttemptRequest, rank: int) -> None:
         self._request = request
         self._rank = rank
-        self._objects: dict[str, Any] = {}  # whose memory is compared, by the keys of the configuration
-        self._line: dict[str, Any] = {}  # of the current step
+        self._objects: dict[str, Any] = {}  # key of the configuration -> object whose memory is compared
+        self._line: dict[str, Any] = {}  # the record of the current step
         names_of_runs[:] = [f"/{request.name}"]
         self._record = os.open(request.record(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         kill = request.kill or Kill("")
-        kills = rank == (kill.victim or 0)  # rank 0 kills where all are killed
-        self._moment, self._step = (kill.moment, kill.step) if kills else ("", 0)
+        is_killer = rank == (kill.victim or 0)  # rank 0 kills where all are killed
+        self._moment, self._step = (kill.moment, kill.step) if is_killer else ("", 0)
         self._alone = kill.victim is not None
         self._save_after = kill.after
         self._built = False
-        self._watch = source.Watch()
+        self._outside = source.OutsideAccess()
         self._modules = {*sys.modules}
         self._since = time.monotonic()
 
@@ -135,7 +135,7 @@ class Recorder(Observer):
     def _set_interval(self, evaluate: Evaluate) -> int | None:
         """Evaluate as often as requested; returns the number of steps if that is more often than configured."""
         every = self._request.evaluations
-        if "evaluation" in self._request.pins:  # none but the last
+        if "evaluation" in self._request.pins:  # only the last evaluation stays
             evaluate.interval = Interval()
             evaluate.evaluator.check_batches = 0
         elif every is not None and (evaluate.interval.steps or every + 1) > every:
@@ -191,11 +191,11 @@ class Recorder(Observer):
 
     def on_step(self, loop: Loop) -> None:
         # Once, whatever is requested: a user's state_dict may change something.
-        saved = None if loop.evaluation_due or self._request.silent else loop.state.state_dict()
-        state = {"due": True} if loop.evaluation_due else self._digests(saved)
-        self.write("step", **self._line, evaluation=loop.evaluation or {}, **state)
-        if saved and loop.step == self._request.take:
-            suspects.take(self._request.suspects, self._objects, saved["model"], self._request.copies(self._rank))
+        state = None if loop.evaluation_due or self._request.silent else loop.state.state_dict()
+        digests = {"due": True} if loop.evaluation_due else self._digests(state)
+        self.write("step", **self._line, evaluation=loop.evaluation or {}, **digests)
+        if state and loop.step == self._request.take:
+            suspects.take(self._request.suspects, self._objects, state["model"], self._request.copies(self._rank))
         self.die("step", loop.step)
         if loop.step == self._save_after:
             self.die("clock", self._step)  # at the latest
@@ -208,20 +208,20 @@ class Recorder(Observer):
     def on_finish(self, directory: RunDirectory, result: Mapping[str, Any]) -> None:
         if self._rank == 0:
             libraries = [name for name in sys.modules if name not in self._modules and _is_library(name)]
-            looks = {"private": private(self._objects), "reached": self._watch.lasting(), "callers": controls.callers}
-            self.write("finished", **collect(directory), **looks, modules=libraries)
+            facts = {"private": private(self._objects), "reached": self._outside.lasting(), "callers": controls.callers}
+            self.write("finished", **collect(directory), **facts, modules=libraries)
 
     def _fingerprints(self, state: TrainState) -> dict[str, Any]:
         return self._digests(None if self._request.silent else state.state_dict())
 
-    def _digests(self, saved: Mapping[str, Any] | None) -> dict[str, Any]:
-        """The state, and what the objects remember beside it; nothing of no state."""
-        if saved is None:
+    def _digests(self, state: Mapping[str, Any] | None) -> dict[str, Any]:
+        """A state, and the memory of the objects beside it; nothing for None."""
+        if state is None:
             return {}
-        return {"state": fingerprint(saved), "memory": memory(self._objects, saved["model"]) | suspects.settings()}
+        return {"state": fingerprint(state), "memory": memory(self._objects, state["model"]) | suspects.settings()}
 
     def _put(self, state: TrainState, *, of_data: bool) -> None:
-        """Put memory of an undisturbed process into this one: that of data sets before their first sample."""
+        """Put memory of an undisturbed process into this one. Data sets get theirs before their first sample."""
         paths = [path for path in self._request.suspects if path.startswith("data.") == of_data]
         if self._request.put and paths:
             copies = replace(self._request, file=self._request.put).copies(self._rank)
@@ -277,5 +277,5 @@ def collect(directory: RunDirectory) -> dict[str, Any]:
 
 
 def _is_library(name: str) -> bool:
-    """Whether a module is nobody's own code."""
+    """Whether a module is in an installed package."""
     return "site-packages" in (getattr(sys.modules[name], "__file__", None) or "")

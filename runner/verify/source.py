@@ -21,7 +21,6 @@ from runner.verify.fingerprint import is_a, names_of_runs, type_name
 from runner.verify.memory import is_users, modules_of, mro
 
 Lines = tuple[str, int, int]  # file, first and last line of a class or a function
-Sources = list[Lines]
 
 # Behind a name and its items and attributes: an assignment, or a method.
 _ASSIGNED = r"(?:\[[^]]*\]|\.\w+)*(?:\.(?!get\()\w+\(|\s*(?::[^=]+)?(?:\*\*|//|>>|<<|[-+*/%@&|^])?=(?!=))"
@@ -29,49 +28,49 @@ _WHOLE = 10**6  # lines of a file
 _MAKING = ("__init__", "state_dict", "load_state_dict", "get_extra_state", "set_extra_state")
 _STORES = {"open": "the file", "os.listdir": "the folder", "os.scandir": "the folder", "glob.glob": "the listing"}
 _OTHERS = {"subprocess.Popen": "the process", "os.system": "the process", "socket.connect": "the address"}
-UNTRIED = ("the host name", "a timer with an interval of")  # what no proof of a minute on one machine can change
-_WATCHED = {"socket.gethostname": UNTRIED[0], "timer": UNTRIED[1], "sqlite3.connect": "the database"}
-_WATCHED |= _STORES | _OTHERS
-_WATCHED |= {"os.remove": "the file", "os.rename": "the file"}
+UNTRIED = ("the host name", "a timer with an interval of")  # no proof of a minute on one machine can change them
+_EVENTS = {"socket.gethostname": UNTRIED[0], "timer": UNTRIED[1], "sqlite3.connect": "the database"}
+_EVENTS |= _STORES | _OTHERS
+_EVENTS |= {"os.remove": "the file", "os.rename": "the file"}
 
 
-def sources(value: Any) -> Sources:
-    """Where the user's classes of an object are, and for a model those of its modules."""
+def sources(value: Any) -> list[Lines]:
+    """The lines of the user's classes of an object; for a model, of the classes of its modules."""
     torch = sys.modules["torch"]
     values = modules_of(value).values() if is_a(value, torch.nn.Module) else [value]
     kinds = {id(kind): kind for each in values for kind in mro(type(each))}
     function = value.func if is_a(value, functools.partial) else value
     owners = [*kinds.values(), function]
-    places = [_place(owner) for owner in owners if is_users(getattr(owner, "__module__", None))]
-    files = {place[0]: (place[0], 1, _WHOLE) for place in places if place}
-    return [*filter(None, places), *files.values()]
+    every = [_lines_of(owner) for owner in owners if is_users(getattr(owner, "__module__", None))]
+    files = {lines[0]: (lines[0], 1, _WHOLE) for lines in every if lines}
+    return [*filter(None, every), *files.values()]
 
 
-def _place(owner: Any) -> Lines | None:
+def _lines_of(owner: Any) -> Lines | None:
     try:
-        lines, first = inspect.getsourcelines(owner)
-        return str(inspect.getsourcefile(owner)), first, first + len(lines) - 1
+        texts, first = inspect.getsourcelines(owner)
+        return str(inspect.getsourcefile(owner)), first, first + len(texts) - 1
     except (OSError, TypeError):  # no source, or no code
         return None
 
 
-def line_of(names: Iterable[str], places: Sources, others: Sequence[Lines] = ()) -> str:
-    """``file:line`` of the last line that changes the first possible one of these names, in ``places`` or in
+def line_of(names: Iterable[str], own: Sequence[Lines], others: Sequence[Lines] = ()) -> str:
+    """``file:line`` of the last line that changes the first possible name, in the object's ``own`` lines or in
     ``others``; else of a line with the name; else of the class. Methods that make or load an object come last.
     """
     names = [*names]
-    if any(_best(name, places) for name in names[:-1]):  # the names of an object's parts may be those of anything
+    if any(_best(name, own) for name in names[:-1]):  # elsewhere, the names of an object's parts may mean anything
         others = ()
     for name in names:
-        line = _best(name, places) or _best(name, others) or _best(name, places, sure=False)
+        line = _best(name, own) or _best(name, others) or _best(name, own, sure=False)
         if line:
             return line
-    return f"{places[0][0]}:{places[0][1]}" if places else ""
+    return f"{own[0][0]}:{own[0][1]}" if own else ""
 
 
-def _best(name: str, places: Sequence[Lines], *, sure: bool = True) -> str:
-    """The line of a name in the first place that has it; ``sure``: that changes it."""
-    for file, first, last in places:
+def _best(name: str, spans: Sequence[Lines], *, sure: bool = True) -> str:
+    """The line with a name in the first span that has it; ``sure``: a line that changes it."""
+    for file, first, last in spans:
         best = max(_hits(name, file, first, last), default=None)
         if best and (best[:2] == (True, True) or not sure):
             return f"{file}:{best[-1]}"
@@ -79,8 +78,8 @@ def _best(name: str, places: Sequence[Lines], *, sure: bool = True) -> str:
 
 
 def _hits(name: str, file: str, first: int, last: int) -> list[tuple[bool, bool, bool, int]]:
-    """Lines with a name: whether they are in a function that neither makes nor loads an object, whether they change it,
-    also by a call, whether they do so for its own sake, and not to return something, and their number.
+    """Of each line with a name: whether it is in a function that neither makes nor loads an object, whether it changes
+    the name's value, also by a call, whether it does nothing else (it returns no result of that), and its number.
     """
     word = re.compile(rf"\b{re.escape(name)}\b")
     change = re.compile(rf"\b{re.escape(name)}\b(?:[\"']\])?(?:{_ASSIGNED})")
@@ -100,7 +99,7 @@ def _hits(name: str, file: str, first: int, last: int) -> list[tuple[bool, bool,
 
 
 def of_stack(frame: FrameType | None) -> str:
-    """``file:line`` of the innermost frame of the user's; empty if there is none, or if it only imports a module."""
+    """``file:line`` of the innermost frame in the user's code; empty if there is none, or if that imports a module."""
     while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
         if is_users(frame.f_globals.get("__name__")):
             return f"{frame.f_code.co_filename}:{frame.f_lineno}"
@@ -110,15 +109,15 @@ def of_stack(frame: FrameType | None) -> str:
 
 def of_error(error: BaseException | None) -> str:
     """The same for the frames that an error, or the error behind it, came through."""
-    place = ""
+    where = ""
     errors: set[int] = set()
-    while error is not None and not place and id(error) not in errors:  # it may be behind itself
+    while error is not None and not where and id(error) not in errors:  # causes of errors may form a circle
         errors.add(id(error))
         for frame, line in traceback.walk_tb(error.__traceback__):
             if is_users(frame.f_globals.get("__name__")):
-                place = f"{frame.f_code.co_filename}:{line}"
+                where = f"{frame.f_code.co_filename}:{line}"
         error = error.__cause__ or error.__context__
-    return place
+    return where
 
 
 _OPEN = Path("/proc/self/fd")
@@ -135,8 +134,8 @@ def _written() -> Iterator[str]:
                 yield file
 
 
-class Watch:
-    """What the user's code reaches outside of the process, as ``what -> file:line``, until ``close``."""
+class OutsideAccess:
+    """Notes what the user's code reaches outside of the process, as ``what -> file:line``, until ``close``."""
 
     def __init__(self) -> None:
         self.reached: dict[str, str] = {}
@@ -145,10 +144,10 @@ class Watch:
         threading.Timer.start = _start  # type: ignore[assignment, method-assign]
 
     def lasting(self) -> dict[str, str]:
-        """What was reached, with files that are open to be written, and last the files that are gone: these do not
-        outlive the process.
+        """The same with files that are open to be written, and last the files that are gone: these do not outlive the
+        process.
         """
-        for file in _written() if _OPEN.exists() else ():  # also by libraries in C, of which no hook hears
+        for file in _written() if _OPEN.exists() else ():  # libraries in C open files without the hook
             self.reached.setdefault(f"the file {file}", "open")
 
         def gone(item: tuple[str, str]) -> bool:
@@ -158,18 +157,18 @@ class Watch:
         return dict(sorted(self.reached.items(), key=gone))
 
     def close(self) -> None:
-        """See no more; python has no way to take a hook away."""
+        """Note no more; python cannot remove an audit hook."""
         self._busy = True
 
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event not in _WATCHED or self._busy:
+        if event not in _EVENTS or self._busy:
             return
         self._busy = True
         try:
-            what = _reached(event, arguments)
-            place = what and of_stack(sys._getframe(1))
-            if place:
-                self.reached.setdefault(what, place)
+            what = _describe(event, arguments)
+            where = what and of_stack(sys._getframe(1))
+            if where:
+                self.reached.setdefault(what, where)
         finally:
             self._busy = False
 
@@ -179,15 +178,15 @@ def _start(timer: threading.Timer) -> None:
     threading.Thread.start(timer)
 
 
-def _reached(event: str, arguments: tuple[Any, ...]) -> str:
+def _describe(event: str, arguments: tuple[Any, ...]) -> str:
     target = arguments[1] if event == "socket.connect" else arguments[0] if arguments else ""
     if event == "open":
         mode = arguments[1] if type(arguments[1]) is str else ""
         volatile = is_a(target, str) and target.startswith(("/proc/", "/sys/", "/dev/"))
         if type(target) is int or not (volatile or {*mode} & {*"wax+"}):
-            return ""  # what is only read is the same for every run
+            return ""  # a file that is only read is the same for every run
     if is_a(target, PurePath):
         target = PurePath.__str__(target)
     if not is_a(target, str, bytes, tuple, int, float):
         target = type_name(type(target))
-    return f"{_WATCHED[event]} {target if type(target) is str else repr(target)}".strip()
+    return f"{_EVENTS[event]} {target if type(target) is str else repr(target)}".strip()

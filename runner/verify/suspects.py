@@ -25,7 +25,7 @@ import torch
 
 from runner.verify import fingerprint, memory
 from runner.verify.fingerprint import is_a
-from runner.verify.memory import EVALUATING, FROZEN, GRADIENTS, MARKS, PROCESS, Place
+from runner.verify.memory import EVALUATING, FROZEN, GRADIENTS, LABELS, PROCESS, Value
 
 # A setting of the process that training may change: how it is read and set.
 _Setting = tuple[Callable[[], Any], Callable[[Any], Any]]
@@ -81,18 +81,18 @@ def settings() -> dict[str, str]:
 
 def take(paths: Iterable[str], objects: Mapping[str, Any], state: Any, file: Path) -> None:
     """Write copies of the values at these paths into a file. A value that cannot be copied is left out."""
-    places = memory.places(objects, state)
+    values = memory.values(objects, state)
     copies: dict[str, Any] = {}
     for path in paths:
-        place = places.get(path, Place(path, None, "setting", path.removeprefix(PROCESS)))
+        each = values.get(path, Value(path, None, "setting", path.removeprefix(PROCESS)))
         stream = io.BytesIO()
         try:
-            value = _setting(place.key)[0]() if place.kind == "setting" else place.value
-            value = memory.marks(value)[place.kind] if place.kind in MARKS else value
-            _Pickler(stream, places, path).dump(value)
+            content = _setting(each.key)[0]() if each.kind == "setting" else each.value
+            content = memory.labels(content)[each.kind] if each.kind in LABELS else content
+            _Pickler(stream, values, path).dump(content)
         except Exception:  # a lambda, a lock, a connection
             continue
-        copies[path] = place.holder, place.kind, place.key, stream.getvalue()
+        copies[path] = each.holder, each.kind, each.key, stream.getvalue()
     file.write_bytes(pickle.dumps(copies))
 
 
@@ -100,10 +100,10 @@ def put(paths: Iterable[str], objects: Mapping[str, Any], state: Any, file: Path
     """Give the objects of this process the values that ``take`` wrote; returns the paths that were possible."""
     copies, possible = pickle.loads(file.read_bytes()), []
     for path in [path for path in paths if path in copies]:
-        places = memory.places(objects, state)  # anew: the values before may have made other places
+        values = memory.values(objects, state)  # anew: the last assignment may have changed them
         holder, kind, key, data = copies[path]
         try:
-            _assign(places[holder].value if holder else None, kind, key, _Unpickler(io.BytesIO(data), places).load())
+            _assign(values[holder].value if holder else None, kind, key, _Unpickler(io.BytesIO(data), values).load())
         except Exception as error:
             warnings.warn(f"{path} cannot be put into this process: {error}", stacklevel=2)
             continue
@@ -114,11 +114,11 @@ def put(paths: Iterable[str], objects: Mapping[str, Any], state: Any, file: Path
 class _Pickler(pickle.Pickler):
     """Copies what is at a path; objects elsewhere, such as parameters of the model, are named by their paths."""
 
-    def __init__(self, stream: io.BytesIO, places: Mapping[str, Place], path: str) -> None:
+    def __init__(self, stream: io.BytesIO, values: Mapping[str, Value], path: str) -> None:
         super().__init__(stream)
-        inside = tuple(f"{path}{mark}" for mark in (".", "[", " ("))
-        objects = [each for each in places.values() if each.words is None or is_a(each.value, torch.Tensor)]
-        first = {id(place.value): place.path for place in reversed(objects)}
+        inside = tuple(f"{path}{separator}" for separator in (".", "[", " ("))
+        objects = [each for each in values.values() if each.words is None or is_a(each.value, torch.Tensor)]
+        first = {id(each.value): each.path for each in reversed(objects)}
         self._paths = {key: name for key, name in first.items() if name != path and not name.startswith(inside)}
 
     def persistent_id(self, value: Any) -> str | None:
@@ -133,20 +133,20 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, stream: io.BytesIO, places: Mapping[str, Place]) -> None:
+    def __init__(self, stream: io.BytesIO, values: Mapping[str, Value]) -> None:
         super().__init__(stream)
-        self._places = places
+        self._values = values
 
     def persistent_load(self, path: Any) -> Any:
-        return self._places[path].value
+        return self._values[path].value
 
 
 def _assign(holder: Any, kind: str, key: Any, value: Any) -> None:
-    """Give a holder a value, into the object that it has if that is possible, because others may hold it, too."""
+    """Give a holder a value: if possible by a change of the object that it has, because others may hold that, too."""
     if kind == "setting":
         _setting(key)[1](value)
-    elif kind in MARKS:
-        _set_marks(holder, kind, value)
+    elif kind in LABELS:
+        _set_labels(holder, kind, value)
     elif kind == "exchanged":
         module, name, attribute = key
         owner = vars(sys.modules[module])[name] if name else sys.modules[module]
@@ -167,7 +167,7 @@ def _assign(holder: Any, kind: str, key: Any, value: Any) -> None:
 
 
 def _table(holder: Any, kind: str) -> Any:
-    """The dict or list of a holder in which a value is."""
+    """The dict or list of a holder that contains a value."""
     if kind in ("item", "root"):
         return holder
     if kind == "global":
@@ -206,7 +206,7 @@ def _transfer_items(old: Any, new: Any) -> bool:
     if is_a(old, dict):
         content = memory.items(new)
         before = {id(key): dict.get(old, key) for key, _ in content}
-        kind = OrderedDict if is_a(old, OrderedDict) else dict  # the order of the former is outside of the dict
+        kind = OrderedDict if is_a(old, OrderedDict) else dict  # an OrderedDict has its order outside of the dict
         kind.clear(old)
         for key, value in content:
             old_value = before[id(key)]
@@ -226,16 +226,16 @@ def _transfer_items(old: Any, new: Any) -> bool:
     return True
 
 
-def _set_marks(model: Any, mark: str, values: Any) -> None:
-    if mark == EVALUATING:
+def _set_labels(model: Any, label: str, values: Any) -> None:
+    if label == EVALUATING:
         for path, module in memory.modules_of(model).items():
             module.training = path not in values
         return
     parameters = dict(memory.parameters_of(model))
     for name, parameter in parameters.items():
-        if mark == FROZEN:
+        if label == FROZEN:
             parameter.requires_grad_(name not in values)
-        elif mark == GRADIENTS:
+        elif label == GRADIENTS:
             parameter.grad = values.get(name)
         elif name in values:
             path, _, key = name.rpartition(".")
