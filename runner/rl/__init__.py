@@ -1,6 +1,6 @@
 """Post-training of language models on what they generate themselves.
 
-``generation``: completions as a pure function of weights, prompt and key; ``buffer``: what waits between two steps, as
-a part of the state; ``rewards``; ``completion``: the task of supervised fine-tuning, and the evaluation of completions;
+``generation``: completions as a pure function of weights, prompt and key; ``buffer``: a queue between two steps, as a
+part of the state; ``rewards``; ``completion``: the task of supervised fine-tuning, and the evaluation of completions;
 ``grpo``: reinforcement learning with rewards that are relative to a group.
 """

@@ -1,4 +1,4 @@
-"""A queue of things that wait to be trained, as a part of the state."""
+"""A queue of items that wait to be trained, as a part of the state."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -12,9 +12,9 @@ T = TypeVar("T")
 
 class Buffer(Generic[T]):
     """First in, first out. Items are instances of the dataclass ``kind``, whose fields are plain values and CPU
-    tensors; of a field, all tensors have one dtype, and any shape. A checkpoint has one tensor for each such field.
+    tensors; all tensors of a field have one dtype, and any shape. A checkpoint has one tensor for each such field.
 
-    Every checkpoint has the buffer as a whole. What waits is bounded by the age at which it is dropped, and is small
+    Every checkpoint has the buffer as a whole. Its size is bounded by the age at which items are dropped, and small
     beside the weights and their moments: 1000 groups of 8 samples of 1000 tokens take 96 MB.
     """
 
@@ -34,14 +34,14 @@ class Buffer(Generic[T]):
 
     def take(self, count: int) -> list[T]:
         """Remove and return the ``count`` oldest items, or all if there are fewer."""
-        taken, self._items = self._items[:count], self._items[count:]
-        return taken
+        items, self._items = self._items[:count], self._items[count:]
+        return items
 
     def remove(self, condition: Callable[[T], bool]) -> list[T]:
         """Remove and return the items for which ``condition`` is true."""
-        removed = [*filter(condition, self._items)]
+        items = [*filter(condition, self._items)]
         self._items = [item for item in self._items if not condition(item)]
-        return removed
+        return items
 
     def state_dict(self) -> dict[str, Any]:
         names = [field.name for field in fields(self._kind)] if self._items else []

@@ -15,7 +15,7 @@ Reward = Callable[[str, str, str], tuple[float, bool]]
 
 
 class Tokenizer(Protocol):
-    """What is used of a tokenizer; those of Hugging Face have it."""
+    """A tokenizer, such as one of Hugging Face."""
 
     def encode(self, text: str, /) -> list[int]: ...
 
@@ -30,7 +30,7 @@ class Bytes:
         return [*text.encode()]
 
     def decode(self, tokens: list[int], /) -> str:
-        """The text; what is no UTF-8 becomes U+FFFD."""
+        """The text; bytes that are not UTF-8 become U+FFFD."""
         return bytes(tokens).decode(errors="replace")
 
 
@@ -84,12 +84,12 @@ class Completion(Task):
         }
 
     def texts(self, completions: Completions) -> list[str]:
-        """What was written, stop tokens included."""
+        """The texts of completions, stop tokens included."""
         pairs = zip(completions.tokens.tolist(), completions.lengths.tolist(), strict=True)
         return [self.tokenizer.decode(tokens[:length]) for tokens, length in pairs]
 
     def _complete(self, model: nn.Module, prompts: Sequence[str]) -> Iterator[tuple[list[int], Completions]]:
-        """Greedy completions of those prompts that are of one length, with their numbers, length by length."""
+        """For each length of prompts: the numbers of these prompts, and their greedy completions."""
         encoded = [self.tokenizer.encode(prompt) for prompt in prompts]
         for length in sorted({*map(len, encoded)}):
             rows = [row for row, tokens in enumerate(encoded) if len(tokens) == length]

@@ -1,8 +1,8 @@
 """Completions of prompts, sampled with a key-value cache.
 
-Each sample has a key, and draws from a random generator of its own. Together are computed only the samples of one
-prompt, or of several of one length where a caller says so: as matrices of one shape give the same bits, a completion is
-a function of (weights, prompt, key), whatever else is generated before, after or in other processes.
+Each sample has a key, and draws from a random generator of its own. Only samples of one prompt, or of prompts of one
+length where a caller says so, are computed together: as matrices of one shape give the same bits, a completion is a
+function of (weights, prompt, key), whatever else is generated before, after or in other processes.
 """
 
 import inspect
@@ -23,7 +23,7 @@ _ONE = 1 << 40  # probabilities are summed as integers: torch has no determinist
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How tokens are drawn. ``temperature`` 0 takes the most probable token; ``top_p`` keeps the most probable tokens
-    whose probabilities add up to it (Holtzman et al. 2020, arXiv:1904.09751). A completion ends with the token
+    whose probabilities add up to this value (Holtzman et al. 2020, arXiv:1904.09751). A completion ends with the token
     ``stop``, or after ``max_tokens``.
     """
 
@@ -56,7 +56,7 @@ class Decoder:
         self._text: Tensor | None = None
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """The logits [B, V] after ``tokens`` [B, T], which follow those of the calls before."""
+        """The logits [B, V] after ``tokens`` [B, T], which follow the tokens of the calls before."""
         if "cache" in self._keywords:
             return logits_of(self._model(tokens, cache=self._cache))[:, -1]
         if "past_key_values" in self._keywords:
@@ -71,9 +71,8 @@ class Decoder:
 def generate(model: nn.Module, prompts: Tensor, keys: Sequence[int], sampling: Sampling) -> Completions:
     """Complete each row of ``prompts`` [B, P], with the randomness of its key. The model is in evaluation mode."""
     if is_distributed(next(model.parameters())):
-        raise ConfigError(
-            "runtime.parallel=fsdp cannot generate: processes decode different numbers of tokens; use ddp"
-        )
+        reason = "processes decode different numbers of tokens"
+        raise ConfigError(f"runtime.parallel=fsdp cannot generate: {reason}; use ddp")
     rows, device = len(prompts), prompts.device
     noise = torch.stack([_uniform(key, sampling.max_tokens) for key in keys]).to(device)
     tokens, logprobs = [], []
@@ -112,8 +111,8 @@ def _draw(logprobs: Tensor, noise: Tensor, top_p: float) -> Tensor:
 
 
 def token_logprobs(model: nn.Module, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The log-probability of each token of [B, T] after the first, and the entropy where it is drawn: float32
-    [B, T - 1] both. Rows may be padded at their end.
+    """The log-probability of each token of [B, T] after the first, and the entropy of the distribution from which it is
+    drawn: float32 [B, T - 1] both. Rows may be padded at their end.
     """
     logprobs = (logits_of(model(tokens))[:, :-1].float() / temperature).log_softmax(-1)
     return logprobs.gather(2, tokens[:, 1:, None])[..., 0], -(logprobs.exp() * logprobs).sum(-1)

@@ -50,7 +50,7 @@ class Group:
     passed: int
 
     def digest(self) -> bytes:
-        """What identifies the samples and their rewards."""
+        """Bytes that identify the samples and their rewards."""
         parts = (self.tokens, self.lengths, self.rewards)
         return f"{self.position} ".encode() + b"".join(part.numpy().tobytes() for part in parts)
 
@@ -93,8 +93,8 @@ class ClippedLoss:
 
 @dataclass(slots=True)
 class Rows:
-    """Samples to be trained together: tokens int64 [B, T]; float32 [B, T - 1]: the mask of what the policy wrote,
-    its log-probabilities then, and those of the reference; advantages float32 [B].
+    """Samples to be trained together: tokens int64 [B, T]; float32 [B, T - 1]: the mask of the tokens that the
+    policy wrote, its log-probabilities then, and the reference's; advantages float32 [B].
     """
 
     tokens: Tensor
@@ -108,10 +108,10 @@ class GRPO(Completion):
     """One step draws ``samples`` completions of each prompt of its batch, and makes ``iterations`` updates on groups.
 
     Groups in which all rewards are equal teach nothing and are dropped (not with ``keep_equal``). With ``groups``, a
-    step trains the oldest so many; others wait for the next step, up to ``max_age`` updates, and a step with fewer
+    step trains this many, the oldest; others wait for the next step, up to ``max_age`` updates, and a step with fewer
     makes no update. With ``staleness`` k the groups of step s are trained in step s + k at the earliest, and are drawn
     in a thread beside the training of their step, by a copy of the weights before it: asynchronous in time, and not in
-    what is computed. Samples that do not end are not trained (unless ``keep_unended``), but compared.
+    the results. Samples that do not end are not trained (unless ``keep_unended``), but compared.
 
     ``kl`` is the coefficient of the divergence from the reference, the weights with which the run began. With
     ``kl_target`` it adapts after each step: beta (1 + 0.1 clip(KL / target - 1, -0.2, 0.2)) (Ziegler et al. 2019,
@@ -215,7 +215,7 @@ class GRPO(Completion):
         return self._digest
 
     def _copy(self, model: nn.Module) -> nn.Module:
-        """The model with the weights of now, which training will not move."""
+        """A copy of the model with its present weights, which training does not change."""
         if self._drawer is None:
             self._drawer = copy.deepcopy(model).requires_grad_(False).eval()
         self._drawer.load_state_dict(model.state_dict())
@@ -268,8 +268,8 @@ class GRPO(Completion):
             )
 
     def _add(self, drawn: Sequence[Sequence[Group]]) -> tuple[list[Group], list[int]]:
-        """Have the groups of all processes wait; returns them in the order of their positions, and which were dropped
-        because all of their rewards are equal.
+        """Put the groups of all processes into the queue; returns them in the order of their positions, and the
+        positions of groups that were dropped because all of their rewards are equal.
         """
         groups = sorted((group for share in drawn for group in share), key=lambda group: group.position)
         equal = [group for group in groups if group.rewards.min() == group.rewards.max() and not self.keep_equal]
@@ -288,7 +288,7 @@ class GRPO(Completion):
     def _train(
         self, model: nn.Module, update: Update, share: slice, pieces: int
     ) -> tuple[dict[str, Tensor], list[Group], list[int]]:
-        """Make the updates of this step; returns their metrics, what was trained, and what has become too old.
+        """Make the updates of this step; returns their metrics, the trained groups, and the positions that are too old.
 
         This process trains its ``share`` of the samples, in ``pieces`` micro-batches. Losses are means over the tokens
         of all samples of the step (DAPO, eq. 12).

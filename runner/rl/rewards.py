@@ -1,13 +1,13 @@
 """Rewards that can be computed. A reward is a function ``(prompt, completion, answer) -> (reward, correct)`` of texts:
-``completion`` is what the model wrote, up to the stop token; ``correct`` counts as passed in ``pass_at_1``.
+``completion`` is the model's text, up to the stop token; ``correct`` counts as passed in ``pass_at_1``.
 """
 
 import re
 
 
 class Answer:
-    """``correct`` for the right answer, and ``format`` besides for a completion that ``pattern`` matches as a whole,
-    whose first group (or whole) is the answer. Nothing for a completion that did not end.
+    """``format`` for a completion that ``pattern`` matches as a whole, and ``correct`` more if the first group (or the
+    whole match) is the right answer. Nothing for a completion that did not end.
     """
 
     def __init__(self, *, pattern: str = r"(-?[0-9]+)\n", correct: float = 1.0, format: float = 0.1) -> None:  # noqa: A002

@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     except RunnerError as error:
         print(error, file=sys.stderr)
         return error.status
-    except BrokenPipeError:  # the reader of a pipe has seen enough
+    except BrokenPipeError:  # the reader of the pipe has closed it
         sys.stderr.close()
     return 0
 
@@ -160,7 +160,7 @@ def _options(parsed: argparse.Namespace) -> dict[str, Any]:
 
 
 def _selection(parsed: argparse.Namespace) -> Callable[[RunSummary], bool]:
-    """Which runs to show. Of an unreadable run only the name is known."""
+    """Which runs to show. Only the name of an unreadable run is known."""
     return lambda run: (
         (parsed.status is None or run.state in parsed.status)
         and (parsed.experiment is None or run.experiment == parsed.experiment)

@@ -1,5 +1,5 @@
-"""What the ledger of a run proves: whether every sample was used exactly once per epoch, what became of the rollouts of
-a task, the data of each step, and the first difference of two runs.
+"""The ledger of a run as a proof: whether every sample was used exactly once per epoch, what became of the rollouts of
+a task, the data of each step, and the first difference between two runs.
 """
 
 import json
@@ -21,7 +21,7 @@ from runner.runs.listing import format_table
 
 
 def audit(directory: RunDirectory) -> dict[str, Any]:
-    """The verdict as plain values: those of ``LedgerReport``, whether it ``holds``, and what ``format_audit`` needs.
+    """The verdict as plain values: the fields of ``LedgerReport``, whether it ``holds``, and more for ``format_audit``.
     Raises ConfigError for a run without a ledger.
     """
     segments, plan, begun, committed = _read(directory)
@@ -60,7 +60,7 @@ def _read(directory: RunDirectory) -> tuple[list[Segment], Plan | None, int, int
 
 
 def _lines(directory: RunDirectory) -> tuple[list[LedgerLine], Plan | None]:
-    """The lines that count of a run's ledger, and the plan."""
+    """The lines of a run's ledger that count, and the plan."""
     segments, plan, _, committed = _read(directory)
     return ledger.lineage(segments, committed=committed)[0], plan
 
@@ -71,7 +71,7 @@ def format_audit(audit: Mapping[str, Any]) -> str:
     if audit["indexed"]:
         columns = ["source"] * ("source" in audit["epochs"][0]) if audit["epochs"] else []
         columns += ["epoch", "seen", "repeated", "missed", "substituted", "whole"]
-        rows = []  # one for each range of epochs that differ in nothing but their number
+        rows = []  # a row for each range of epochs that differ in nothing but their number
         for _, alike in groupby(audit["epochs"], key=lambda row: {**row, "epoch": None}):
             epochs = [*alike]
             first, last = epochs[0], epochs[-1]
@@ -85,7 +85,7 @@ def format_audit(audit: Mapping[str, Any]) -> str:
         times = " or ".join(map(str, rollouts["times"])) or "no"
         used = f"of {rollouts['trained']} samples trained, each {times} times; of {rollouts['dropped']} dropped"
         text.append(f"Rollouts: {used}; of {rollouts['waiting']} waiting.")
-    text += audit["damaged"]  # no problem where those steps were done again
+    text += audit["damaged"]  # these are no problem if their steps were done again
     if audit["problems"]:
         return "\n".join([*text, *audit["problems"]])
     if not audit["indexed"]:
@@ -100,9 +100,9 @@ def format_audit(audit: Mapping[str, Any]) -> str:
 
 def account(lines: Sequence[LedgerLine]) -> tuple[dict[str, Any] | None, list[str]]:
     """The number of samples whose rollouts were trained (and how many ``times``), dropped, or wait; and a message for
-    each use that is a second or comes too early. None if there are no rollouts.
+    each use that comes too early or is a second use. None if there are no rollouts.
     """
-    uses: list[tuple[int, int, str, int]] = []  # first and last position, what happened to them, in which step
+    uses: list[tuple[int, int, str, int]] = []  # first and last position, how they were used, in which step
     times: set[int] = set()
     for line in lines:
         if line.rollouts:
@@ -142,9 +142,8 @@ def json_lines(directory: RunDirectory) -> Iterator[str]:
         values: dict[str, Any] = {"step": line.step, "first": line.first, "last": line.last}
         if plan is not None and order is not None:
             epochs, places = np.divmod(np.arange(line.first, line.last + 1), plan.epoch_size)
-            values["indices"] = np.concatenate(
-                [order(int(epochs[run.start]), places[run]) for run in equal_runs(epochs)]
-            ).tolist()
+            pieces = [order(int(epochs[run.start]), places[run]) for run in equal_runs(epochs)]
+            values["indices"] = np.concatenate(pieces).tolist()
         substitutions = (text.replace(">", ":").split(":") for text in line.substitutions.split())
         values["substituted"] = {position: int(index) for position, _, index in substitutions}
         if line.rollouts:

@@ -1,5 +1,5 @@
-"""Commands for the checkpoints of a run: prune removes old ones by the rules of a running one, and export writes the
-weights of one as a file that anyone can load.
+"""Commands for the checkpoints of a run: prune removes old checkpoints by the same rules as training, and export writes
+the weights of a checkpoint as a file that anyone can load.
 """
 
 from collections import Counter
@@ -26,8 +26,8 @@ from runner.storage.location import is_remote, local_root
 
 
 def prune(run: RunDirectory, *, last: int, every_steps: int | None, best: int, remove: bool) -> list[dict[str, Any]]:
-    """All checkpoints, the newest first, with whether each is kept and why. With ``remove`` removes the others, once
-    all bytes of two kept ones are verified. Raises ConfigError, and RunInUse while a process works on the run.
+    """All checkpoints, the newest first, with whether each is kept and why. ``remove`` removes the others, once all
+    bytes of two checkpoints to keep are verified. Raises ConfigError, and RunInUse while a process works on the run.
     """
     for name, value, least in (("last", last, LEAST_KEPT), ("every-steps", every_steps, 1), ("best", best, 0)):
         if value is not None and value < least:
@@ -37,11 +37,11 @@ def prune(run: RunDirectory, *, last: int, every_steps: int | None, best: int, r
     retention = Retention(last, every_steps, best, objective.get("mode") if objective.get("metric") else None)
     attempts.raise_if_live(run.location)
     store = CheckpointStore(run.location)
-    # Two kept commits have to be verified before others go. A damaged commit changes which ones are kept.
+    # Two commits to keep have to be verified before others go. A damaged commit changes which commits are kept.
     while remove and len(store.verified) < LEAST_KEPT:
         unproven = {*retention.reasons(_survey(store))} - store.verified - store.damaged
         if not unproven:
-            break  # there are fewer than two, so everything is kept
+            break  # there are fewer than two commits, so everything is kept
         newest_unproven = max(unproven)
         try:
             store.open(newest_unproven).verify()

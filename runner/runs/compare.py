@@ -51,7 +51,7 @@ def compare_runs(
 
     parameters = [run.parameters for run in runs if run.parameters] or [{}]
     differing = {change.key for each in parameters[1:] for change in compare(parameters[0], each)}
-    by_values: dict[str, str] = {}  # one key of those with the same values, as by interpolation
+    by_values: dict[str, str] = {}  # of keys with the same values, as by interpolation, only the first
     for key in dict.fromkeys(key for each in parameters for key in each if key in differing):
         by_values.setdefault(repr([each.get(key) for each in parameters]), key)
     swept = [*by_values.values()]
@@ -66,15 +66,15 @@ def compare_runs(
 def format_comparison(comparison: Mapping[str, Any]) -> str:
     """The values of ``compare_runs`` as a table, with a line that explains it."""
     swept, metric = comparison["swept"], comparison["metric"]
-    shown = swept[:_MOST_COLUMNS]
+    columns = swept[:_MOST_COLUMNS]
     rows = [{**{k: format_setting(v) for k, v in run["parameters"].items()}, **run} for run in comparison["runs"]]
     goal = f"{format_cell(metric)} ({comparison['mode']})" if metric else "no objective: none has a metric for it"
-    text = [format_table(rows, ["run", "objective", "status", "step", *shown]), ""]
+    text = [format_table(rows, ["run", "objective", "status", "step", *columns]), ""]
     text.append(f"{len(rows)} runs, best first by {goal}.")
     if not swept:
         text.append("No parameter differs between them.")
-    if len(shown) < len(swept):
-        more = ", ".join(map(format_cell, swept[len(shown) :]))
+    if len(columns) < len(swept):
+        more = ", ".join(map(format_cell, swept[len(columns) :]))
         text.append(f"They also differ in {more}: choose runs with --experiment or --match, or see --json.")
     return "\n".join(text)
 

@@ -1,4 +1,4 @@
-"""What commands show of runs: the list under a root, one run in detail, the differences between two; and how all
+"""The commands that show runs: the list under a root, one run in detail, the differences between two; and how all
 commands print values on a terminal.
 
 Control characters are escaped where a value is printed, because anyone may have written it.
@@ -28,7 +28,7 @@ SORTS = ("status", "step", "objective", "attempts", "age", "name")
 _COLUMNS = ("status", "step / max", "objective", "attempts", "age", "host")
 _ATTEMPT_COLUMNS = ("attempt", "outcome", "started", "resumed", "step", "committed", "lost", "host", "reason")
 _WIDEST = 64  # characters of a cell
-_WIDEST_NAME = 1000  # of the name of a run, or of a fact that has a line for itself
+_WIDEST_NAME = 1000  # characters of the name of a run, or of a fact that has a line for itself
 _UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
 
@@ -113,7 +113,7 @@ def details(directory: RunDirectory, *, with_code: bool = False) -> dict[str, An
         beat = {key: record.beat.get(key) for key in ("resumed", "step", "committed", "unusable")}
         claim = {key: record.claim.get(key) for key in ("started", "host", "pid", "overrides", "topology", "version")}
         attempts.append({**ending, **beat, "last_seen": record.last_sign(), **claim, "lost": lost})
-    changes: list[dict[str, Any]] = []  # that an attempt made to the configuration that the run had until then
+    changes: list[dict[str, Any]] = []  # of the configuration, by the attempt that accepted them
     before = configured = directory.configuration() or {}
     for record in facts.attempts:
         accepted = record.claim.get("accepted")
@@ -159,7 +159,7 @@ def format_details(run: Mapping[str, Any]) -> str:
 
 
 def _codes(facts: RunFacts) -> list[dict[str, Any]]:
-    """The code of each attempt whose code differs from that of the attempt before, and what it ``edited``."""
+    """The code of each attempt that ran other code than the attempt before, and the files ``edited`` in between."""
     codes, before = [], code.CodeRecord()
     for record in facts.attempts:
         if (now := code.read(record.location, record.name)) is not None:
@@ -179,7 +179,7 @@ def _format_codes(codes: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         row = {"attempt": each["attempt"], "commit": ", ".join(commits), "files": len(each["files"]), "edited": edited}
         cells.append(row)
     table = format_table(cells, ["attempt", "commit", "files", "edited"])
-    yield f"code, where it differs from that of the attempt before (+: with changes that are not committed)\n{table}"
+    yield f"code, where an attempt changed it (+: with changes that are not committed)\n{table}"
     newest = codes[-1]
     yield f"files of attempt {newest['attempt']}\n{format_facts(newest['files'])}"
     yield f"packages of attempt {newest['attempt']}\n" + " ".join(f"{k}={v}" for k, v in newest["packages"].items())
@@ -212,10 +212,8 @@ def format_diff(differences: Mapping[str, Any]) -> str:
     """The values of ``diff`` as text."""
     parts = [format_facts({"a": differences["a"], "b": differences["b"]})]
     for part in ("configuration", "code", "result"):
-        same = (
-            "The code does not differ, as far as it is recorded." if part == "code" else f"The {part}s do not differ."
-        )
-        rows = differences[part]
+        rows, same = differences[part], f"The {part}s do not differ."
+        same = "The code does not differ, as far as it is recorded." if part == "code" else same
         parts.append(f"{part}\n{_format_changes(rows, 'a', 'b')}" if rows else same)
     return "\n\n".join(parts)
 
@@ -227,7 +225,7 @@ def _changes(before: Mapping[str, Any], after: Mapping[str, Any], left: str, rig
 
 
 def _format_changes(rows: Sequence[Mapping[str, Any]], *columns: str) -> str:
-    """Differences as a table; ``columns`` end with the names of the two sides."""
+    """Differences as a table; the last two of ``columns`` name the sides."""
     *others, left, right = columns
     cells = [dict(row) for row in rows]
     for cell in cells:
@@ -242,8 +240,8 @@ def _progress(facts: RunFacts) -> dict[str, Any]:
 
 
 def _lost_steps(attempts: Sequence[AttemptRecord], start: int) -> list[int | None]:
-    """The number of steps that had to be repeated after each attempt, at least: a heartbeat records the step only now
-    and then. None if no later attempt has resumed yet. ``start``: the step after which the run started.
+    """The number of steps that had to be repeated after each attempt, or a little less, as a heartbeat records the step
+    only now and then. None if no later attempt has resumed yet. ``start``: the step after which the run started.
     """
     lost: list[int | None] = []
     resumed = None  # the checkpoint from which the next attempt resumed

@@ -1,5 +1,5 @@
-"""The command that sends the metrics of a run to a service outside after the fact. A name alone is an option of
-``conf/metrics``.
+"""The command that sends the metrics of a run to a service outside later. A service of ``conf/metrics`` needs no more
+than its name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,8 +22,8 @@ _STATUS = {"complete": "finished", "diverged": "failed", "superseded": "running"
 def push(
     run: str, name: str, settings: Sequence[str], storage_options: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Send the committed metrics that the service of the writer ``name`` does not have yet. ``settings``: what stands
-    below ``metrics.writers.NAME`` in a configuration, as ``KEY=VALUE``.
+    """Send the committed metrics that the service of the writer ``name`` does not have yet. ``settings``: values
+    for ``metrics.writers.NAME`` of a configuration, as ``KEY=VALUE``.
 
     Raises ConfigError, RunInUse while a process of this machine sends them, and RunnerError for an unreachable service.
     """

@@ -1,8 +1,8 @@
 """The jobs of a sweep: each composed once, and run in a process of its own.
 
 A job that is killed does not end the sweep, and its memory and workers end with its process, which is forked after
-torch has been imported once for all jobs. A stop signal is passed on to it, and it stops by itself if
-the sweep's process is gone.
+torch has been imported once for all jobs. A stop signal is passed on to the job, and it stops by itself if the sweep's
+process is gone.
 """
 
 import importlib
@@ -31,21 +31,21 @@ from runner.signals import VARIABLE, orphaned
 
 log = logging.getLogger("runner")
 
-Overrides = tuple[str, ...]  # of one job, which they identify
+Overrides = tuple[str, ...]  # they identify a job
 
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
-_LAUNCHERS = (BASIC_LAUNCHER, "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher")
-_IMPORTED_BEFORE = ("runner.experiment", "torch._dynamo")  # every job needs them; their import takes seconds
+_SHARED_PROCESS = (BASIC_LAUNCHER, "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher")
+_IMPORTS = ("runner.experiment", "torch._dynamo")  # every job needs them; their import takes seconds
 _POLL_SECONDS = 0.1
-_EXIT_SECONDS = 60.0  # for what a user's code does at the exit of a process
-_STOP_SECONDS = 10.0  # the same, once a stop is asked for
+_EXIT_SECONDS = 60.0  # for code of the user that runs at the exit of a process
+_STOP_SECONDS = 10.0  # the same after a stop signal
 _HINTS = {"SIGKILL": ": the system does so when memory runs out (see dmesg)"}
 _HINTS |= {"SIGSEGV": ": a fault in compiled code; python -X faulthandler shows where"}
 
 
 def isolate(task: TaskFunction, config: DictConfig) -> TaskFunction:
     """``task``, to be called in a process for each job if this launcher's jobs would share one."""
-    shared = config.hydra.launcher._target_ in _LAUNCHERS
+    shared = config.hydra.launcher._target_ in _SHARED_PROCESS
     return partial(_run_isolated, task) if shared and config.sweep.isolate and sys.platform == "linux" else task
 
 
@@ -53,7 +53,7 @@ def _run_isolated(task: TaskFunction, config: DictConfig) -> Any:
     """The job's objective. Raises what the job raised, or JobDied."""
     signals.install()
     if not {*HydraConfig.get().job.env_set} - {VARIABLE}:  # libraries read such variables at their import
-        for module in _IMPORTED_BEFORE:
+        for module in _IMPORTS:
             importlib.import_module(module)
     parent_end, child_end = multiprocessing.Pipe()
     arguments = (task, config, parent_end, child_end)
@@ -71,12 +71,12 @@ def _run_isolated(task: TaskFunction, config: DictConfig) -> Any:
 
 def _wait(process: BaseProcess, pipe: Connection) -> tuple[Any, BaseException | None, str | None]:
     """The job's value, its error and the stop signal that it received. Passes a stop signal on to the process."""
-    ending, asked = None, False
+    ending, sent = None, False
     # The pipe may outlive the job in processes that the job began.
     while not pipe.poll(_POLL_SECONDS) and process.is_alive():
         stop = signals.received() or ("SIGTERM" if VARIABLE in os.environ and orphaned() else None)
-        if stop and not asked:
-            asked = True
+        if stop and not sent:
+            sent = True
             with suppress(OSError):  # the process has ended
                 pipe.send(stop)
     with suppress(EOFError, OSError):
@@ -108,7 +108,7 @@ def _run_job(task: TaskFunction, config: DictConfig, parent_end: Connection, pip
     try:
         value = task(config)
     except BaseException as raised:
-        # An error of a user's class may not be possible to send.
+        # An instance of a user's class may be impossible to send.
         own = type(raised).__module__ == errors.__name__
         error = raised if own else RunnerError(f"{type(raised).__name__}: {raised}")
     ended.set()

@@ -1,4 +1,4 @@
-"""A launcher around the configured one, which gets only the jobs that are left to do.
+"""A launcher around the configured launcher, which gets only the jobs that are not done.
 
 Hydra creates launchers in one function, which is replaced here. Before anything starts, the status of all runs is read
 from the storage, without importing torch. A finished run gives its stored objective; a run that another process works
@@ -57,15 +57,15 @@ class RunStatus:
     step: int = 0
     objective: float | None = None
     attempts: int = 0  # the number of the newest attempt, if the run is not done
-    failures: int = 0  # how many of the last attempts in a row failed, or were killed without a new checkpoint
+    failures: int = 0  # the number of last attempts in a row that failed, or were killed without a new checkpoint
     reason: str = ""
     final: bool = False  # do not try again
     error: BaseException | None = None
-    unclear: AttemptRecord | None = field(default=None, repr=False)  # of another machine; alive if its heartbeat moves
+    unclear: AttemptRecord | None = field(default=None, repr=False)  # on another machine; alive if its heartbeat moves
 
     @property
     def message(self) -> str:
-        """The reason with all lines of a message that is meant for the user: the remedy may be in the last."""
+        """The reason, with all lines of an error of the runner: the remedy may be in the last line."""
         return printable(self.error) if isinstance(self.error, RunnerError) else self.reason
 
     def failed(self, error: BaseException, *, failures: int) -> "RunStatus":
@@ -104,12 +104,12 @@ def install() -> SweepReport:
             raise ConfigError(f"a sweep (-m) was started in {processes} processes, each would run all jobs. {remedy}")
         if config.run.dry:
             raise ConfigError("run.dry=true tries a single run: leave -m out, and give each key one value")
-        refuse_secrets(config)  # a sweeper makes names and studies of them
+        refuse_secrets(config)  # a sweeper would write them into names and studies
         loader: Any = SignalLoader(hydra_context.config_loader)
         inner_context = HydraContext(config_loader=loader, callbacks=hydra_context.callbacks)
         inner = _instantiate(plugins, inner_context, isolate(task_function, config), config)
         specs = SpecLoader(hydra_context.config_loader, config)
-        hydra_context.config_loader = specs  # type: ignore[assignment]  # the sweeper's own
+        hydra_context.config_loader = specs  # type: ignore[assignment]  # for the sweeper
         return SweepLauncher(inner, specs, config, report)
 
     Plugins.instantiate_launcher = instantiate  # type: ignore[method-assign,assignment]
@@ -140,7 +140,7 @@ class SweepLauncher(Launcher):
         one job. Raises Interrupted after a stop signal.
         """
         if not job_overrides:
-            raise ConfigError("the sweep has no jobs: one of its glob() or choice() stands for nothing")
+            raise ConfigError("the sweep has no jobs: one of its glob() or choice() matches nothing")
         setup_globals()
         jobs = [tuple(words) for words in job_overrides]
         composed = {job: self._specs.spec(job) for job in dict.fromkeys(jobs)}
@@ -158,7 +158,7 @@ class SweepLauncher(Launcher):
             if startable:
                 statuses |= self._launch(startable, specs, statuses, initial_job_idx)
             elif running:
-                with self._stop.forward_signals() if self._stop else nullcontext():  # some may have been started by us
+                with self._stop.forward_signals() if self._stop else nullcontext():  # we may have started some of them
                     time.sleep(_POLL_SECONDS)
             else:
                 break
@@ -167,7 +167,7 @@ class SweepLauncher(Launcher):
         return [_job_return(job, statuses[first_of[job]]) for job in jobs]
 
     def _deduplicate(self, jobs: Sequence[Overrides], specs: Specs) -> dict[Overrides, Overrides]:
-        """For each job the first one of the same run. Both have to compute the same: they get the same result."""
+        """For each job the first job of the same run. Both must compute the same, since they get one result."""
         first: dict[str, Overrides] = {}
         representatives = {job: job for job in jobs}
         for job in jobs:
@@ -216,11 +216,11 @@ class SweepLauncher(Launcher):
             signals.raise_if_received(_progress(before | after))
             self._report.launched += len(batch)
             errors = self._run(batch, index + len(after))
-            stored = survey({job: specs[job] for job in batch})
-            moved = {job for job in batch if _moved(before[job], stored[job])}
+            statuses = survey({job: specs[job] for job in batch})
+            started = {job for job in batch if _has_started(before[job], statuses[job])}
             for job in batch:
-                queued = bool(moved) and job not in moved
-                run = after[job] = self._settle(_conclude(before[job], stored[job], errors[job], queued=queued))
+                queued = bool(started) and job not in started
+                run = after[job] = self._settle(_conclude(before[job], statuses[job], errors[job], queued=queued))
                 if run.status == FAILED:
                     log.error("failed   %s: %s", run.run, run.message)
                 elif isinstance(errors[job], JobDied):
@@ -235,13 +235,13 @@ class SweepLauncher(Launcher):
                 mark = f"+hydra.job.env_set.{VARIABLE}={self._stop.name}"
                 with self._stop.forward_signals():
                     returns = self._inner.launch([[*job, mark] for job in batch], index)
-                if signals.received() and not self._launcher_failed:  # else jobs may be left that have to obey it
+                if signals.received() and not self._launcher_failed:  # else jobs may still have to obey it
                     self._stop.withdraw()
         except Exception as error:  # a worker died, or the cluster refused: the storage shows how far each job got
             self._launcher_failed = True
             log.error("the launcher ended early: %s: %s", type(error).__name__, error)
             return dict.fromkeys(batch, LauncherError(f"{type(error).__name__}: {error}"))
-        # Without the frames, which keep everything that the job held.
+        # Without frames, which would keep all objects of the job alive.
         errors = (each._return_value if each.status is JobStatus.FAILED else None for each in returns)
         return {job: error and error.with_traceback(None) for job, error in zip(batch, errors, strict=True)}
 
@@ -255,7 +255,7 @@ def _progress(statuses: dict[Overrides, RunStatus]) -> str:
     return f"in a sweep: {done} of {len(statuses)} runs are done, what was running is committed"
 
 
-def _moved(before: RunStatus, after: RunStatus) -> bool:
+def _has_started(before: RunStatus, after: RunStatus) -> bool:
     """Whether a process has started or finished the run since ``before``."""
     return after.status == DONE or after.attempts > before.attempts
 
@@ -276,14 +276,14 @@ def _conclude(before: RunStatus, after: RunStatus, error: BaseException | None, 
     if unreported and after.step > before.step and after.status != FAILED:
         return after
     failures = max(before.failures + 1, after.failures)
-    if unreported and _moved(before, after) and (after.status == FAILED or not isinstance(error, JobDied)):
+    if unreported and _has_started(before, after) and (after.status == FAILED or not isinstance(error, JobDied)):
         return replace(after, failures=failures)
     return after.failed(error, failures=failures)
 
 
 def _job_return(overrides: Overrides, run: RunStatus) -> JobReturn:
     if run.status == FAILED:
-        error = run.error or RunnerError(run.reason)  # only the reason is stored of an earlier command's failure
+        error = run.error or RunnerError(run.reason)  # a failure of an earlier command is stored as its reason alone
         return _Failed(overrides=overrides, status=JobStatus.FAILED, _return_value=error)
     value = run.objective if run.status == DONE else math.nan
     return JobReturn(overrides=overrides, status=JobStatus.COMPLETED, _return_value=value)
@@ -317,9 +317,9 @@ def format_statuses(statuses: Sequence[RunStatus]) -> str:
     for status in order:
         alike = [run for run in statuses if run.status == status]
         for run in alike[:_ROWS]:
-            shown = f"{status} (retry {run.failures})" if status == FAILED and not run.final else status
+            words = f"{status} (retry {run.failures})" if status == FAILED and not run.final else status
             objective = "" if run.objective is None else f"{run.objective:.6g}"
-            rows.append([printable(run.run), shown, str(run.step or ""), objective, printable(run.reason)[:80]])
+            rows.append([printable(run.run), words, str(run.step or ""), objective, printable(run.reason)[:80]])
         if len(alike) > _ROWS:
             rows.append([f"... and {len(alike) - _ROWS} more", status, "", "", ""])
     table = tabulate(rows, headers=["run", "status", "step", "objective", "reason"], disable_numparse=True)
@@ -327,7 +327,7 @@ def format_statuses(statuses: Sequence[RunStatus]) -> str:
 
 
 def _status(job: tuple[Overrides, RunSpec | RunnerError]) -> RunStatus:
-    """The status of one run, if an ``unclear`` attempt is dead. For a finished run this takes a read and a listing."""
+    """The status of one run, if an ``unclear`` attempt is dead. A finished run takes one read and one listing."""
     overrides, spec = job
     if isinstance(spec, RunnerError):
         return RunStatus(" ".join(overrides), NEW).failed(spec, failures=0)
@@ -355,20 +355,19 @@ def _unfinished(name: str, facts: RunFacts) -> RunStatus:
     failures = _failures(facts.attempts, facts.commits)
     if last.end is None and failures:
         reason = f"killed before a new checkpoint{f', {failures} times in a row' if failures > 1 else ''}"
-    unclear = last if alive is None else None
-    ended = FAILED if outcome == "failed" else RESUMABLE
-    return replace(status, status=ended, failures=failures, reason=reason, unclear=unclear)
+    end = FAILED if outcome == "failed" else RESUMABLE
+    return replace(status, status=end, failures=failures, reason=reason, unclear=last if alive is None else None)
 
 
 def _failures(attempts: Sequence[AttemptRecord], commits: Sequence[CommitId]) -> int:
-    """How many of the last attempts in a row failed, or were killed without a new checkpoint; not counting those that
-    a cluster ended to queue their job again.
+    """The number of last attempts in a row that failed, or were killed without a new checkpoint; not counting attempts
+    that a cluster ended to queue their job again.
     """
-    saved = {commit.attempt for commit in commits}
+    with_commit = {commit.attempt for commit in commits}
     failures, later = 0, cluster_job()
     for record in reversed(attempts):
         job = record.claim.get("cluster")
-        killed = record.end is None and not record.beat.get("committed") and record.number not in saved
+        killed = record.end is None and not record.beat.get("committed") and record.number not in with_commit
         if not killed and record.ending("outcome") != "failed":
             break
         failures += not (killed and requeued(job, later))

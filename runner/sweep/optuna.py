@@ -52,13 +52,13 @@ class StudyConfig:
 
     defaults: list[Any] = field(default_factory=lambda: ["_self_", {"optional sampler": "tpe"}])
     _target_: str = _TARGET
-    sampler: Any = None  # hydra/sweeper/sampler: tpe, random, cmaes, nsgaii, motpe; absent seed: that of the experiment
-    direction: Any = None  # absent: that of objective.mode
-    storage: str | None = None  # an SQL database as SQLAlchemy's URL; absent: optuna.sqlite3 beside the runs
-    study_name: str | None = None  # absent: made from the experiment, its overrides and the search space
-    n_trials: int = 20  # of the study, over all invocations
+    sampler: Any = None  # hydra/sweeper/sampler: tpe, random, cmaes, nsgaii, motpe; default seed: the experiment's
+    direction: Any = None  # default: the direction of objective.mode
+    storage: str | None = None  # an SQL database as SQLAlchemy's URL; default: optuna.sqlite3 beside the runs
+    study_name: str | None = None  # default: made from the experiment, its overrides and the search space
+    n_trials: int = 20  # the trials of the study, over all invocations
     n_jobs: int = 1  # trials that are drawn and launched together, knowing nothing of each other
-    max_failure_rate: float = 1.0  # of the trials launched together; above it the sweep ends
+    max_failure_rate: float = 1.0  # the sweep ends if more than this share of the trials launched together fails
     params: dict[str, Any] | None = None  # a search space beside that of the command line
     search_space: dict[str, Any] | None = None
     custom_search_space: str | None = None
@@ -72,11 +72,11 @@ def register() -> None:
 
 
 def _instantiate_sweeper(*, config: DictConfig, **context: Any) -> Sweeper:
-    chosen = config.hydra.sweeper is not None and config.hydra.sweeper._target_ == _TARGET
-    if chosen and find_spec(_PLUGIN) is None:
+    is_optuna = config.hydra.sweeper is not None and config.hydra.sweeper._target_ == _TARGET
+    if is_optuna and find_spec(_PLUGIN) is None:
         raise ConfigError("hydra/sweeper=optuna needs more packages: pip install 'hydra-runner[optuna]'")
     sweeper = Plugins.instantiate_sweeper(Plugins.instance(), config=config, **context)
-    return Study(sweeper, config) if chosen else sweeper
+    return Study(sweeper, config) if is_optuna else sweeper
 
 
 class Study(Sweeper):
@@ -107,7 +107,7 @@ class Study(Sweeper):
         plugin.study_name, plugin.storage = name, _database(self._config)
         lock = open_location(to_absolute_path(self._config.hydra.sweep.dir)).lock(f"optuna-{digest(name)}.lock")
         if lock is None:  # two would record each other's trials
-            raise RunInUse(f"study {name}: another process works on it. Run this command again when that one has ended")
+            raise RunInUse(f"study {name}: another process works on it. Run this command again when that has ended")
         try:
             finished = _reopen(plugin, space, self._config)
             log.info("study    %s, %d of %d trials done", name, finished, settings.n_trials)
@@ -116,7 +116,7 @@ class Study(Sweeper):
             self._launcher, plugin.launcher = plugin.launcher, self
             try:
                 plugin.sweep(arguments)
-            except ValueError:  # the plugin asks for the best trial, and optuna raises where none has an objective
+            except ValueError:  # the plugin asks for the best trial, and optuna raises if no trial has an objective
                 if _trials(plugin, "COMPLETE"):
                     raise
                 trials = f"none of the {len(_trials(plugin, 'FAIL'))} trials of study {name} has an objective"
@@ -129,7 +129,7 @@ class Study(Sweeper):
         log.info("best     %s %s, trial %d: %s", self._config.objective.metric, best.value, best.number, parameters)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
-        """Launch jobs for the plugin. Raises an error that ends the sweep, which it would take for a failed trial."""
+        """Launch jobs for the plugin. Raises errors that end the sweep, which it would take for failed trials."""
         jobs = [tuple(overrides) for overrides in job_overrides]
         distinct = list(dict.fromkeys(jobs))  # in a small space two trials can be the same run
         returns = dict(zip(distinct, self._launcher.launch(distinct, initial_job_idx=initial_job_idx), strict=True))
@@ -150,7 +150,7 @@ class _Sampler:
     def __init__(self, config: DictConfig) -> None:
         self._config = config.hydra.sweeper.get("sampler")
         if self._config is None or "seed" not in self._config:
-            remedy = "there are tpe, random, cmaes, nsgaii, motpe. A grid is no study: leave hydra/sweeper=optuna away"
+            remedy = "there are tpe, random, cmaes, nsgaii, motpe. A grid is no study: leave hydra/sweeper=optuna out"
             raise ConfigError(f"hydra/sweeper/sampler: no such sampler, or one that cannot be seeded; {remedy}")
         self._seed = config.seed if self._config.seed is None else self._config.seed
 
@@ -180,7 +180,7 @@ def _direction(config: DictConfig) -> str:
     direction = {"min": "minimize", "max": "maximize"}[objective.mode.name]
     if configured not in (None, direction):
         goal = f"objective.mode={objective.mode.name} of {objective.metric}"
-        remedy = f"leave the direction away, it is then {direction}"
+        remedy = f"leave the direction out, it is then {direction}"
         raise ConfigError(f"hydra.sweeper.direction={configured} contradicts {goal}: {remedy}")
     return direction
 
@@ -196,7 +196,7 @@ def _database(config: DictConfig) -> "RDBStorage":
     folder.mkdir(parents=True, exist_ok=True)  # the plugin writes optimization_results.yaml there, too
     try:
         return RDBStorage(url or f"sqlite:///{folder.resolve()}/optuna.sqlite3")
-    except Exception as error:  # of a driver, of SQLAlchemy, of optuna
+    except Exception as error:  # drivers, SQLAlchemy and optuna have their own
         where = "" if url is None else f"={errors.redacted(url)}"
         raise ConfigError(f"hydra.sweeper.storage{where} cannot be used: {errors.printable(error)}") from error
 
@@ -245,5 +245,5 @@ def _trials(plugin: Any, *states: str) -> list[Any]:
     from optuna.trial import TrialState
 
     study = plugin.storage.get_study_id_from_name(plugin.study_name)
-    chosen = tuple(TrialState[state] for state in states) or None
-    return plugin.storage.get_all_trials(study, states=chosen)  # type: ignore[no-any-return]
+    wanted = tuple(TrialState[state] for state in states) or None
+    return plugin.storage.get_all_trials(study, states=wanted)  # type: ignore[no-any-return]
