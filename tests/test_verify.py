@@ -538,7 +538,7 @@ def test_kills_for_which_no_time_is_left_are_left_out() -> None:
         run.attempts.append(replace(undisturbed, request=request, status=None if kill else 0, events=(ended,)))
         return run.attempts[-1]
 
-    executor = SimpleNamespace(attempt=attempt, left=lambda: next(left))
+    executor = SimpleNamespace(attempt=attempt, seconds_left=lambda: next(left))
     run = run_killed(executor, planned, undisturbed, print)  # type: ignore[arg-type]
     assert [each.killed for each in run.attempts] == ["step"] * 4 + [None]
 
@@ -553,7 +553,7 @@ def test_the_proof_ends_when_its_time_is_over(
         finished = [name for name in executor.requests if name == ended and "again" not in name]
         return 0 if finished and '"event": "finished"' in executor.requests[ended].record().read_text() else math.inf
 
-    monkeypatch.setattr(Executor, "left", left)
+    monkeypatch.setattr(Executor, "seconds_left", left)
     verdict = judged(servers, *data("Harder"), kills=1)
     assert not verdict.holds
     assert verdict.cause
@@ -562,7 +562,7 @@ def test_the_proof_ends_when_its_time_is_over(
         assert "the search for the cause was cut short by verify.minutes" in verdict.text()
     else:
         assert verdict.cause.kind == "incomplete"
-        assert "verify.minutes was over before the killed run was finished" in verdict.text()
+        assert "verify.minutes ended before the killed run did" in verdict.text()
 
 
 def test_a_configuration_error_comes_before_anything_heavy(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,7 +207,7 @@ class Parallelism:
         """After the last backward pass: finish the reduction, so that every gradient is the sum over all processes."""
 
     def full_tensor(self, value: "Tensor") -> "Tensor":
-        """The full tensor of a value of which each process may hold a slice."""
+        """The full tensor of a value that may be sliced over the processes."""
         return value
 
     def all_true(self, verdict: "Tensor") -> "Tensor":

@@ -45,8 +45,8 @@ class _SeveralProcesses(Parallelism):
         return verdict
 
     def sync_buffers(self) -> None:
-        """Buffers are looked up at each step, since a model may replace or add a tensor. Non-persistent ones that are
-        added after the start are left alone: they may be caches of any size.
+        """Buffers are looked up at each step, since a model may replace or add a tensor. Non-persistent buffers
+        that are added after the start are left alone: they may be caches of any size.
         """
         buffers = {}
         for module in self._modules():
@@ -273,9 +273,7 @@ class _ShardedOptimizer:
             if "lr" in group:
                 group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
             for parameter in group["params"]:
-                parameter.grad = torch.zeros_like(
-                    parameter
-                )  # also for a parameter that has been thawed since the start
+                parameter.grad = torch.zeros_like(parameter)  # also if it was frozen at the start
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         state = self.optimizer.state_dict()

@@ -26,7 +26,7 @@ _SHORT_BYTES = 256  # the size of the longest value that is broadcast over a pro
 
 
 class PeerFailed(RunnerError):
-    """Another process of the run failed and prints why; this one ends with the same exit status."""
+    """Another process of the run failed and prints why; this process ends with the same exit status."""
 
     def __init__(self, message: str, status: int = 1) -> None:
         super().__init__(message)
@@ -45,7 +45,7 @@ class Channel(Communicator):
         self._watch = watch
         self._thread = thread  # the name of the thread that uses this channel
         self._slow_rank: int | None = None  # this process is waiting for it
-        self._number = 0  # of the last exchange
+        self._number = 0  # the number of the last exchange
 
     def gather(self, value: Any) -> list[Any] | None:
         names = self._names()

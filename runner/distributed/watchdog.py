@@ -136,7 +136,7 @@ class Stall:
         self._timeout = timeout
         self._patience = patience
         self._training = threading.get_ident()
-        self._watching = False  # from the first step or batch on
+        self._watching = False  # true from the first step or batch on
         self._progressed = False
         self._signalling = threading.Lock()
         self._outside: subprocess.Popen[bytes] | None = None  # runs ``outside`` while there is something to watch
@@ -147,7 +147,7 @@ class Stall:
     def note_progress(self) -> None:
         """A step or a batch is done. Cheap except the first time."""
         first, self._watching, self._progressed = not self._watching, True, True
-        if first:  # from this thread: the next step may keep Python's lock before the other thread looks
+        if first:  # not from the other thread: the next step may keep Python's lock before that looks
             self._signal_outside()
 
     def disarm(self) -> None:
@@ -192,7 +192,7 @@ class Stall:
                     self._end(overdue, spent[overdue])
 
     def _overdue(self, spent: Mapping[str, float]) -> str | None:
-        """What is overdue while the training thread does what it does; None if that may take any time.
+        """The event that is overdue, by the activity of the training thread; None if that may take any time.
 
         Stacks are looked at only when half of the time is over, because the other threads wait for that.
         """
@@ -271,7 +271,7 @@ def _read(path: Path) -> str:
 
 _FUTILE_BEATS = 4  # a training thread that waits for others this many times in a row gets no more time to end
 _FAILURE = "failure"
-_LAG_SECONDS = 2.0  # to wait longer before looking at all ranks, so that its neighbour reports a silent process first
+_LAG_SECONDS = 2.0  # all ranks are looked at so much later, so that its neighbour reports a silent process first
 _CROWD = 64  # among more processes than this, each looks at all of them less often than at every beat
 _HOST = socket.gethostname()
 MAIN = "main"  # the training thread
@@ -309,7 +309,7 @@ class Beat:
 
 
 class Watchdog:
-    """Writes beats, looks at those of others, and ends this process, after ``last_words``, once ``failure`` is set. A
+    """Writes beats, looks at others' beats, and ends this process, after ``last_words``, once ``failure`` is set. A
     process that reads or writes a checkpoint may take ``patience`` seconds longer than ``timeout``.
     """
 
@@ -428,7 +428,7 @@ class Watchdog:
             self._blame(self._next, f"{process} {fault} for {silent:.0f} s ({_TIMEOUT}).")
 
     def _look_at_all(self) -> None:
-        """End all processes if one of them has kept this one waiting for too long."""
+        """End all processes if one of them has kept this process waiting for too long."""
         waited = time.monotonic() - self._since
         if self.failure is not None or waited <= self._timeout + _LAG_SECONDS:
             return

@@ -41,7 +41,7 @@ def world() -> World:
 
 def local_size() -> int:
     """The number of processes of this run on this machine; of all its processes if no variable says it."""
-    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # such as 4(x2),3
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # for example 4(x2),3
     most = max(map(int, re.findall(r"(?<![(\dx])\d+", tasks)), default=_number(_environment(), "WORLD_SIZE", 1))
     return max(1, _number(os.environ, "LOCAL_WORLD_SIZE", most))
 

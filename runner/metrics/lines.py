@@ -113,7 +113,7 @@ def committed(location: Location, end: Mapping[str, Any], *, after: int) -> Iter
     keyed = ((_key(entry.name), entry.name) for entry in location.list(_FOLDER))
     names = [(key, name) for key, name in keyed if key is not None and last is not None and key <= last]
     for (key, name), following in zip_longest(names, names[1:]):
-        if following is None or following[0][0] > after:  # else its lines are of earlier steps
+        if following is None or following[0][0] > after:  # else all its lines are of earlier steps
             lines = _read(location, f"{_FOLDER}/{name}")[: end["lines"] if key == last else None]
             yield from (line for line in map(parse, lines) if line["step"] > after)
 

@@ -6,7 +6,7 @@ directory the id of the run at the service and the last step sent:
 
     writers/mlflow.json    {"id": "4ae1...", "sent": 120}
 
-So a service gets each point once, never a point that a kill takes back, and after an outage what it missed; ``runs
+So a service gets each point once, never a point that a kill takes back, and after an outage all that it missed; ``runs
 push`` sends the same way. The libraries of services draw from Python's random generator, which is a part of the state
 that a run restores: in the training process, an unreachable server would change its results. Nor does the child share
 the interpreter's lock, signals and exit with the training.
@@ -207,7 +207,7 @@ class ServiceProcess(MetricWriter):
 
     def _ask(self, request: str) -> str:
         """The answer of the child to the request to make the writer."""
-        with suppress(BrokenPipeError):  # it has died, and its error is on the screen
+        with suppress(BrokenPipeError):  # the child has died, and its error is on the screen
             self._input.write(request.encode() + b"\n")
             self._input.flush()
         ready, _, _ = select.select([self._output], [], [], _START_SECONDS)

@@ -3,7 +3,7 @@
 Event files are journals here, because TensorBoard's own writer never recovers from an error of the disk.
 
 The row is an event file of its own, replaced as a whole. TensorBoard reads the files of a folder in the order of their
-names and keeps the first hyperparameters: this file comes first and has those of the newest attempt. TensorBoard itself
+names and keeps the first hyperparameters: this file comes first and is of the newest attempt. TensorBoard itself
 compares the rows of all runs to find the columns, so no run writes a list of them.
 """
 
@@ -30,7 +30,7 @@ from runner.storage.location import JournalChain, Location
 
 _FOLDER = "tensorboard"
 _NAME = re.compile(r"events\.out\.tfevents\.([0-9]{10})\.")
-_BINS = 64  # of a histogram
+_BINS = 64  # bars of a histogram
 _FILE_BYTES = 4 << 20  # bytes after which a new file is begun, because each sync may upload a file as a whole
 
 
@@ -44,8 +44,8 @@ class TensorBoardWriter(MetricWriter):
         self._journals = JournalChain(context.location)
         self._files = 0
         self._hides_older = False  # whether the event that hides older points is written
-        # TensorBoard reads files in the order of their names, and an older attempt must not hide what this one writes:
-        # the time in these names is later than that in all present names, whatever the clock says.
+        # TensorBoard reads files in the order of their names, and older attempts must not hide the points of this one:
+        # the time in these names is later than in all present names, even if the clock is wrong.
         matches = (_NAME.match(entry.name) for entry in context.location.list(_FOLDER))
         self._time = max([int(time.time()), *(int(match[1]) + 1 for match in matches if match)])
         self._begin()
@@ -71,7 +71,7 @@ class TensorBoardWriter(MetricWriter):
         self._journals.flush()
 
     def close(self, status: str) -> None:
-        if status != "failed":  # it may be the storage that failed
+        if status != "failed":  # else the storage may have failed
             self._hide_from(self._step + 1)
             self.flush()
             self._journals.close()
@@ -130,7 +130,7 @@ def summary(name: str, value: Any) -> bytes:
     return bytes(proto.SerializeToString())
 
 
-_HPARAMS = f"{_FOLDER}/events.out.tfevents.0000000000.hparams"  # the number is a time; other files have later ones
+_HPARAMS = f"{_FOLDER}/events.out.tfevents.0000000000.hparams"  # the number is a time; all other files have later times
 _EXACT = 2**53  # TensorBoard's numbers are doubles: whole numbers are exact up to here
 
 

@@ -42,9 +42,9 @@ class MetricWriter:
         return {}
 
     def flush(self) -> None:
-        """Make durable what was added before the last ``mark``. Called by the checkpoint thread, before the checkpoint
-        is committed, while the training thread may call ``add``. After a StorageError or an OSError the checkpoint is
-        tried again later, as after any failure of storage.
+        """Make all durable that was added before the last ``mark``. Called by the checkpoint thread, before the
+        checkpoint is committed, while the training thread may call ``add``. After a StorageError or an OSError the
+        checkpoint is tried again later, as after any failure of storage.
         """
 
     def committed(self, end: Mapping[str, Any]) -> None:
@@ -58,7 +58,7 @@ class MetricWriter:
 
 @dataclass(frozen=True, slots=True)
 class WriterContext:
-    """What a writer may need to know about its run."""
+    """Facts that a writer may need about its run."""
 
     location: Location  # the run directory; ``location.url`` is its path or URL
     experiment: str
@@ -88,7 +88,7 @@ class MetricWriters:
             self.marks[_LINES] = facts["metrics"]
 
     def mark(self, step: int) -> dict[str, Any]:
-        """The positions of all writers at ``step``, as facts for its commit, without empty ones."""
+        """The positions of all writers at ``step`` that are not empty, as facts for its commit."""
         for name, writer in self.by_name.items():
             with _naming(name, "mark"):
                 self.marks[name] = json.loads(json.dumps(dict(writer.mark(step))))
@@ -110,7 +110,7 @@ class MetricWriters:
         self._call("log", step, summaries)
 
     def flush(self) -> None:
-        """Make durable what was added before the last mark. Raises StorageError."""
+        """Make all durable that was added before the last mark. Raises StorageError."""
         self._call("flush")
 
     def close(self, status: str) -> None:

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on prompts with their answers, and the evaluation of what a model writes."""
+"""Supervised fine-tuning on prompts with their answers, and the evaluation of a model's completions."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol

@@ -28,7 +28,7 @@ from runner.task import Rollouts, Update
 
 Prompt = tuple[int, str, str]  # position, text, answer
 _TOLERANCE = 1e-6  # added to a standard deviation
-_KL_GAIN, _KL_ERROR = 0.1, 0.2  # of the adaptive coefficient, in Ziegler et al. 2019
+_KL_GAIN, _KL_ERROR = 0.1, 0.2  # as in Ziegler et al. 2019, for the adaptive coefficient
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class ClippedLoss:
         clipped = ratio.clamp(1 - self.clip, 1 + self.clip_high)
         kl = zero if rows.reference is None else (rows.reference - logprob).exp() - (rows.reference - logprob) - 1
         loss = -torch.minimum(ratio * advantage, clipped * advantage) + beta * kl
-        if self.entropy:  # else its gradient, over all tokens of the vocabulary, is computed for nothing
+        if self.entropy:  # a gradient over all tokens of the vocabulary would be computed for nothing without it
             loss = loss - self.entropy * entropy
         outside = (clipped * advantage < ratio * advantage).float()
         values = {"loss": loss, "kl": kl, "entropy": entropy, "clip_fraction": outside}
@@ -118,7 +118,7 @@ class GRPO(Completion):
     arXiv:1909.08593). All groups that wait, the coefficient and the counts are state.
 
     A completion is a function of weights, prompt, ``seed``, the prompt's position and the number of the sample. For
-    speed, prompts of equal length among ``together`` consecutive ones are completed at once.
+    speed, prompts of equal length among ``together`` consecutive prompts are completed at once.
     """
 
     def __init__(
@@ -278,10 +278,10 @@ class GRPO(Completion):
         return groups, [*dropped]
 
     def _next(self) -> tuple[list[Group], list[int]]:
-        """The groups that this step trains, and the positions of those that have become too old."""
+        """The groups that this step trains, and the positions of groups that have become too old."""
         oldest = self.version - self.max_age - self.staleness
         old = self.waiting.remove(lambda group: group.version < oldest)
-        due = sum(group.step + self.staleness <= self.step for group in self.waiting)  # the first ones
+        due = sum(group.step + self.staleness <= self.step for group in self.waiting)  # these are the first
         count = due if self.groups is None else self.groups * (due >= self.groups)
         return self.waiting.take(count), [group.position for group in old]
 

@@ -44,7 +44,7 @@ _FEW_ATTEMPTS = 25  # their claims are listed at every beat; the claims of more 
 _WRITE_SECONDS = 0.2  # ``Attempt.beat`` delays the training thread by at most this
 _JOIN_SECONDS = 1.0  # the heartbeat's thread may hang in the storage
 _RANDOM = secrets.SystemRandom()  # not the global generator, which is part of the run's state
-_PAUSE_SECONDS = 0.005  # before the second try to claim; twice as long before each further one
+_PAUSE_SECONDS = 0.005  # at most so long before the second try to claim; doubled before each further try
 _REMEDY = (
     "\nWait for it with run.on_conflict=wait, or take the run over with run.on_conflict=steal "
     "(the other stops within seconds)."
@@ -157,7 +157,7 @@ def history(location: Location) -> list[AttemptRecord]:
 def newest(location: Location, *, before: int | None = None) -> AttemptRecord | None:
     """The newest attempt, or the newest with a number below ``before``, if there is one.
 
-    If two have the same number, one of them was killed while it withdrew, and only the other ever trained.
+    If two have the same number, one was killed while it withdrew, and only the other ever trained.
     """
     highest = _newest(location, [name for name in names(location) if before is None or name.number < before])
     records = [record for name in highest if (record := read(location, name))]
@@ -298,7 +298,7 @@ class Attempt:
         self._thread.join(_JOIN_SECONDS)
 
     def _check_superseded(self) -> None:
-        """Look for a newer attempt, and for the claim of this one."""
+        """Look for a newer attempt, and for this attempt's own claim."""
         skip = self.gone_since is None and self._sequence % (1 + self.number // _FEW_ATTEMPTS)
         if self._successor is None and not skip:
             try:
@@ -365,8 +365,8 @@ def claim(location: Location, facts: dict[str, Any], *, above: int = 0, steal: b
     attempt lives; with ``steal``, that attempt is superseded instead, which it notices at its next heartbeat or commit.
 
     The storage need not support exclusive creation. Each claim is an object with a name of its own, and its process
-    owns the run if a listing *after* the write shows exactly what a listing before it showed, plus its own claim. Two
-    processes cannot both own the run: of two that wrote, the one that lists last sees the other's claim. A process that
+    owns the run if a listing *after* the write shows only the claims of a listing before it, and its own. Two processes
+    cannot both own the run: if both wrote, the process that lists last sees the other's claim. A process that
     sees another claim withdraws its own and starts over, so abandoned claims do not stay. It gives up for good only if
     it sees a live attempt, so one process wins.
     """

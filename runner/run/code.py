@@ -129,7 +129,7 @@ def _has_distributions(folder: Path) -> bool:
 
 
 def _imported() -> Iterator[tuple[str, dict[str, Any]]]:
-    """The names of all modules, and what is in them; nothing of theirs is called."""
+    """The names of all modules, and their attributes; no code of theirs is called."""
     for name, module in [*sys.modules.items()]:
         inner = vars(module) if isinstance(module, ModuleType) else {}
         if type(inner.get("__file__")) is str:
@@ -160,7 +160,7 @@ def _digest(path: str) -> str:
 
 
 def _packages() -> dict[str, str]:
-    """The version of every installed package that is imported, by its import name; and that of Python."""
+    """The version of every installed package that is imported, by its import name; and the version of Python."""
     versions: dict[str, str] = {}
     names: dict[str, str] = {}
     for folder in sys.path:

@@ -30,12 +30,12 @@ from runner.run import attempts
 from runner.storage import LocalLocation, open_location
 from runner.storage.location import Location, local_folder
 
-FORMAT = 1  # of the whole run directory; newer formats are refused
+FORMAT = 1  # the format of the whole run directory; newer formats are refused
 
 MODEL = "model.safetensors"
 BEST = "best.safetensors"
 TENSORBOARD = "tensorboard"
-FOLDERS = ("attempts", "commits", "data", "ledger", "metrics", "writers", TENSORBOARD, ".hydra")  # of every run
+FOLDERS = ("attempts", "commits", "data", "ledger", "metrics", "writers", TENSORBOARD, ".hydra")  # in every run
 
 _RUN = "run.json"
 _CONFIG = "config.yaml"
@@ -60,7 +60,7 @@ class RunDirectory:
     def under(
         cls, root: str, experiment: str, variant: str, options: Mapping[str, Any] | None = None
     ) -> "RunDirectory":
-        """The directory of one run. Creates and reads nothing. ``options`` are those of a remote storage."""
+        """The directory of one run. Creates and reads nothing. ``options`` are for a remote storage."""
         scheme, mark, path = root.rpartition("://")  # s3:// keeps its slashes: without them it would be a path
         url = f"{scheme}{mark}{path.rstrip('/')}/{experiment}/{variant}"
         return cls(root, experiment, variant, open_location(url, options), options)
@@ -140,8 +140,8 @@ class RunDirectory:
             raise self._unusable(_CONFIG, f"cannot be read: {error}") from error
 
     def identity(self, *, before: int | None = None) -> dict[str, Any] | None:
-        """The configuration that the run has now: the one it was created with, or the one that its newest attempt (with
-        a number below ``before``) accepted instead.
+        """The configuration that the run has now: it was created with it, or its newest attempt (with a number below
+        ``before``) accepted it.
         """
         return self.identity_since(attempts.newest(self.location, before=before))
 

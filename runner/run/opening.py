@@ -34,8 +34,8 @@ _HYDRA_FILES += ["multirun.yaml", "optimization_results.yaml", "optuna.sqlite3"]
 
 @dataclass(frozen=True, slots=True)
 class RunSpec:
-    """The run that a command asks for: its directory, what it computes, and what a new run starts from. ``command``
-    starts this run alone, for messages.
+    """The run that a command asks for: its directory, the configuration that it computes, and the parent of a new run.
+    ``command`` starts this run alone, for messages.
 
     ``open_run`` adds what the directory says, before the run is claimed. ``changes``: the changes of the configuration
     that the user accepted, or all changes if the run has not trained yet. ``accepted``: the configuration from now on,

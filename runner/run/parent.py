@@ -43,7 +43,7 @@ class CheckpointRef:
 @dataclass(frozen=True, slots=True)
 class Parent:
     """The checkpoint from which a new run is to start. ``asked`` is the command's ``run.parent``, relative to
-    ``run.root`` if it is below it; None for a fork after drift. ``options`` are those of a remote storage.
+    ``run.root`` if it is below it; None for a fork after drift. ``options`` are for a remote storage.
     """
 
     source: CheckpointRef
@@ -111,7 +111,7 @@ class ParentRecord:
 
 
 def weight_files(path: str) -> list[Path]:
-    """The weights at a path of this machine: a safetensors file, or those of a folder in the layout of Hugging Face.
+    """The weights at a path of this machine: a safetensors file, or all files of a folder in Hugging Face's layout.
     Empty for anything else, such as a run. Raises ConfigError.
     """
     folder = Path(path)

@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], int] = parsed.command
     runs = [getattr(parsed, name) for name in ("run", "other") if name in parsed]
     try:
-        with refuse_unusable(" or ".join(runs) or "what was looked at"):
+        with refuse_unusable(" or ".join(runs) or parsed.root):
             return command(parsed)
     except RunnerError as error:
         print(error, file=sys.stderr)

@@ -132,7 +132,7 @@ def account(lines: Sequence[LedgerLine]) -> tuple[dict[str, Any] | None, list[st
 
 def json_lines(directory: RunDirectory) -> Iterator[str]:
     """A line of JSON for each committed step: ``step``; ``first`` and ``last`` position; ``indices`` of the samples
-    there in the data set (not for an iterable), of which those in ``substituted`` (position -> index) were replaced;
+    there in the data set (not for an iterable); ``substituted``, the indices used instead at some positions;
     and with rollouts their digest ``rollouts``, and the positions (ranges ``[first, last]``) ``trained``
     ``times`` times or ``dropped``.
     """

@@ -24,10 +24,10 @@ class _Objective(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    summary: RunSummary  # with the best value so far if the run is not finished
+    summary: RunSummary  # an unfinished run has its best value so far
     objective: _Objective | None = None
-    parameters: Mapping[str, Any] = field(default_factory=dict)  # by dotted key
-    metrics: Mapping[str, float | None] = field(default_factory=dict)  # of the result
+    parameters: Mapping[str, Any] = field(default_factory=dict)  # dotted key -> value
+    metrics: Mapping[str, float | None] = field(default_factory=dict)  # tag -> value in the result
 
 
 def compare_runs(
@@ -51,7 +51,7 @@ def compare_runs(
 
     parameters = [run.parameters for run in runs if run.parameters] or [{}]
     differing = {change.key for each in parameters[1:] for change in compare(parameters[0], each)}
-    by_values: dict[str, str] = {}  # of keys with the same values, as by interpolation, only the first
+    by_values: dict[str, str] = {}  # only the first of keys with the same values, as interpolation makes them
     for key in dict.fromkeys(key for each in parameters for key in each if key in differing):
         by_values.setdefault(repr([each.get(key) for each in parameters]), key)
     swept = [*by_values.values()]

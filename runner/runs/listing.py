@@ -113,7 +113,7 @@ def details(directory: RunDirectory, *, with_code: bool = False) -> dict[str, An
         beat = {key: record.beat.get(key) for key in ("resumed", "step", "committed", "unusable")}
         claim = {key: record.claim.get(key) for key in ("started", "host", "pid", "overrides", "topology", "version")}
         attempts.append({**ending, **beat, "last_seen": record.last_sign(), **claim, "lost": lost})
-    changes: list[dict[str, Any]] = []  # of the configuration, by the attempt that accepted them
+    changes: list[dict[str, Any]] = []  # rows: a changed key, and the attempt that accepted it
     before = configured = directory.configuration() or {}
     for record in facts.attempts:
         accepted = record.claim.get("accepted")
@@ -219,7 +219,7 @@ def format_diff(differences: Mapping[str, Any]) -> str:
 
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any], left: str, right: str) -> list[dict[str, Any]]:
-    """The keys that differ, as plain values under ``left`` and ``right``, without absent ones."""
+    """The keys that differ, with their values under ``left`` and ``right``, unless absent there."""
     rows = ({"key": each.key, left: each.before, right: each.now} for each in compare(before, after))
     return [{name: value for name, value in row.items() if value is not ABSENT} for row in rows]
 

@@ -107,7 +107,7 @@ class Backend:
         """A folder in this folder that is known to exist; both share idle connections."""
         other = copy.copy(self)
         other.url, other.root = f"{self.url}/{folder}", self.path(folder)
-        other._bucket = None  # it needs no check
+        other._bucket = None  # the folder exists, and so does the bucket
         other._abandoned = {}
         return other
 

@@ -264,7 +264,7 @@ def replace_file(path: Path, chunks: Iterable[Buffer], *, durable: bool = True) 
 
 
 def sync_folder(folder: Path, *, strict: bool = True) -> None:
-    """Make the entries of a folder durable. Without ``strict``, errors are ignored, except those of the disk (EIO)."""
+    """Make the entries of a folder durable. Without ``strict``, only errors of the disk (EIO) are raised."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

@@ -168,7 +168,7 @@ class JournalChain:
     def __init__(self, location: Location) -> None:
         self.size = 0
         self._location = location
-        self._open: deque[Journal] = deque()  # the last one grows; the earlier ones wait to be flushed
+        self._open: deque[Journal] = deque()  # the last journal grows; earlier journals wait to be flushed
 
     @doing("saves")
     def begin(self, name: str, head: bytes) -> None:

@@ -38,7 +38,7 @@ _SHARED_PROCESS = (BASIC_LAUNCHER, "hydra_plugins.hydra_joblib_launcher.joblib_l
 _IMPORTS = ("runner.experiment", "torch._dynamo")  # every job needs them; their import takes seconds
 _POLL_SECONDS = 0.1
 _EXIT_SECONDS = 60.0  # for code of the user that runs at the exit of a process
-_STOP_SECONDS = 10.0  # the same after a stop signal
+_STOP_SECONDS = 10.0  # for this code after a stop signal
 _HINTS = {"SIGKILL": ": the system does so when memory runs out (see dmesg)"}
 _HINTS |= {"SIGSEGV": ": a fault in compiled code; python -X faulthandler shows where"}
 
@@ -50,7 +50,7 @@ def isolate(task: TaskFunction, config: DictConfig) -> TaskFunction:
 
 
 def _run_isolated(task: TaskFunction, config: DictConfig) -> Any:
-    """The job's objective. Raises what the job raised, or JobDied."""
+    """The job's objective. Raises the error of the job, or JobDied."""
     signals.install()
     if not {*HydraConfig.get().job.env_set} - {VARIABLE}:  # libraries read such variables at their import
         for module in _IMPORTS:

@@ -44,7 +44,7 @@ Specs = Mapping[Overrides, RunSpec | RunnerError]  # an error where the override
 _instantiate = Plugins.instantiate_launcher
 _POLL_SECONDS = 2.0
 _WORST_LAST = (0, 75, 4, 3, 2, 5, 1)  # exit statuses
-_ROWS = 20  # of one status in a table
+_ROWS = 20  # runs of each status in a table
 _READERS = 8  # threads
 
 
@@ -124,7 +124,7 @@ class SweepLauncher(Launcher):
         # Launched one by one in this process, so that failures are reported at once and signals stop the sweep.
         self._serial = config.hydra.launcher._target_ == BASIC_LAUNCHER
         self._specs = specs
-        self._first: dict[str, tuple[Overrides, RunSpec]] = {}  # by the URL of the run, over all calls
+        self._first: dict[str, tuple[Overrides, RunSpec]] = {}  # URL of the run -> its first job in all calls
         self._sweep = config.sweep
         self._steal = config.run.on_conflict is OnConflict.steal
         root = open_location(absolute_root(config), storage_options(config))
@@ -231,7 +231,7 @@ class SweepLauncher(Launcher):
         try:
             if self._stop is None:
                 returns = self._inner.launch(batch, index)
-            else:  # in other processes, to which stop signals of this one are passed on
+            else:  # in other processes: stop signals are passed on to them
                 mark = f"+hydra.job.env_set.{VARIABLE}={self._stop.name}"
                 with self._stop.forward_signals():
                     returns = self._inner.launch([[*job, mark] for job in batch], index)

@@ -59,7 +59,7 @@ class StudyConfig:
     n_trials: int = 20  # the trials of the study, over all invocations
     n_jobs: int = 1  # trials that are drawn and launched together, knowing nothing of each other
     max_failure_rate: float = 1.0  # the sweep ends if more than this share of the trials launched together fails
-    params: dict[str, Any] | None = None  # a search space beside that of the command line
+    params: dict[str, Any] | None = None  # a search space besides the command line
     search_space: dict[str, Any] | None = None
     custom_search_space: str | None = None
 
@@ -93,7 +93,7 @@ class Study(Sweeper):
         """Run the trials that are left. Raises ConfigError, RunInUse, SweepFailed, or an error that ends the sweep."""
         import optuna
 
-        # This class logs what these log, without the password that a database's URL may hold.
+        # This class logs the same, without the password that a database's URL may hold.
         optuna.logging.set_verbosity(logging.WARNING)
         logging.getLogger(_PLUGIN).setLevel(logging.WARNING)
 

@@ -28,9 +28,9 @@ __all__ = ["assert_resumes"]
 def assert_resumes(*command: str, servers: "Servers | None" = None, **options: Any) -> None:
     """Raise AssertionError with the verdict's text unless the experiment of a command resumes exactly.
 
-    ``command`` are the arguments of ``python -m runner``; ``options`` are those of ``verify.*``, without the prefix.
+    ``command`` are the arguments of ``python -m runner``; ``options`` are the keys ``verify.*``, without the prefix.
     Raises ConfigError at once for a command that cannot run. The pytest fixture ``assert_resumes`` does the same for
-    many tests, faster: its ``servers``, in which everything is imported, are those of the whole session.
+    many tests, faster: its ``servers``, in which everything is imported, serve the whole session.
 
         def test_my_experiment_resumes(assert_resumes):
             assert_resumes("experiment=mine", minutes=2)

@@ -28,7 +28,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class KillPlan:
-    """What the killed run does: ``steps``, a checkpoint ``every`` so many steps, the ``kills``, and the numbers of
+    """The plan of the killed run: ``steps``, a checkpoint ``every`` so many steps, the ``kills``, and the numbers of
     data ``workers`` that attempts take in turn. ``limit`` ends a run that would not end after these steps by itself.
     """
 
@@ -95,7 +95,7 @@ def run_killed(
             run,
             *save_every(plan.every, keep=keep),
             f"checkpoint.background={'true' if number % 2 else 'false'}",
-            workers=plan.workers[(number + 1) % len(plan.workers)],  # not those of the undisturbed run at first
+            workers=plan.workers[(number + 1) % len(plan.workers)],  # the undisturbed run had the first number
             server=(number + 1) % 2,
             steps=plan.limit,
             kill=kills.popleft() if kills else None,
@@ -167,7 +167,7 @@ class _Observed:
         for moment in moments:
             if moment == "loaded":
                 kills.append(Kill("loaded"))
-            elif moment == "clock":  # before the steps of later kills are passed
+            elif moment == "clock":  # and at the latest after the step of the next kill
                 limit = next((kill.after for kill in by_step if kill.after), self.steps)
                 milliseconds = round(self._draws.uniform(0, _CLOCK_SHARE * self._seconds) * 1000)
                 kills.append(Kill("clock", milliseconds, limit))

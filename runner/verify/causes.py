@@ -235,7 +235,7 @@ def of_error(kind: str, changed: str) -> Cause:
 
 
 def _more_exact(cause: Cause, path: str, was: str | None) -> Cause:
-    """The same cause with a remedy for what the memory is."""
+    """The same cause with a remedy for this memory."""
     was = was or ""
     root, module, inside = path.partition(" (")
     if cause.kind == "data memory":

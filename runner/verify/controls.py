@@ -1,10 +1,10 @@
 """What surrounds the user's code in an attempt, held constant or changed, to see whether a difference comes from it.
 
-A pin holds something constant; only runs under the same pins are compared. Clocks can also be ahead, and go faster:
-this shows what a proof of a minute cannot see, an hour, a date or minutes since the start in training. For the runner
-and, unless pinned, for installed libraries all clocks stay true: heartbeats, commits, certificates and signed requests
-need them. Data workers have the clock that their attempt began with, however they are started. Late clocks
-let attempts that follow each other begin at the same time.
+A pin holds something constant; only runs under the same pins are compared. Clocks can also be ahead, and go faster: a
+proof of a minute then sees that training uses an hour, a date or the minutes since the start. For the runner and,
+unless pinned, for installed libraries all clocks stay true: heartbeats, commits, certificates and signed requests need
+them. Data workers have the clock that their attempt began with, however they are started. Late clocks let attempts that
+follow each other begin at the same time.
 """
 
 import ctypes

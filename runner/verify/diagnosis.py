@@ -1,7 +1,7 @@
 """Why two runs differ: the run is repeated, undisturbed and killed once, with one thing after another held constant,
 until the difference goes away.
 
-Then memory is tried: what the undisturbed run remembers at the kill is put into the resumed process, before its first
+Then memory is tried: memory that the undisturbed run has at the kill is put into the resumed process, before its first
 step. Only memory that makes the two go on alike is the cause.
 
 Every repetition ends soon after the step that differed first, so together they cost about as much as the proof.
@@ -85,7 +85,7 @@ class Investigation:
         return source.line_of(names, self._sources.get(key) or self._sources.get("task", []))
 
     def _without_kills(self) -> Cause | None:
-        """The cause if runs differ although none is killed. Makes a run of the same length the one to compare with."""
+        """The cause if runs differ although none is killed. Others are then compared with a run of the same length."""
         again = self.run()
         if difference := self.differs("undisturbed, a second time", again):
             if self._equal("the same again", 2, again):
@@ -281,7 +281,7 @@ class _Trial:
         """The fewest paths that suffice to make the difference go away; none if even all of them do not."""
         paths = sorted(self._paths, key=lambda path: not path.startswith(_NEAREST.get(part, ("task", "model"))))
         if not paths or not self._equal(paths):
-            single = paths[:_CHUNKS] if len(paths) > 1 else []  # one of them may have broken the process
+            single = paths[:_CHUNKS] if len(paths) > 1 else []  # a value may have broken the process
             return next(([path] for path in single if path in self.tested and self._equal([path])), [])
         size = len(paths) // 2
         while size and len(paths) <= _CHUNKS * size:
@@ -304,7 +304,7 @@ class _Trial:
 
 
 def _callers(run: RunTrace) -> str:
-    """The user's lines that asked for what was held constant or shifted in a run."""
+    """The user's lines that asked for values that were held constant or shifted in a run."""
     return ", ".join((run.evidence or {}).get("callers", ()))
 
 

@@ -96,7 +96,7 @@ def difference_of_results(run: RunTrace, undisturbed: RunTrace) -> FirstDifferen
     compared: list[tuple[int, str, Mapping[str, Any], Mapping[str, Any]]] = []
     for evidence in (expected, actual):
         for number, state in evidence["checkpoints"].items():
-            step = int(number)  # a child saves what it begins with, before any step
+            step = int(number)  # 0 for the checkpoint with which the child of another run begins
             before = steps[step]["state"] if step in steps else expected["checkpoints"].get(number, state)
             compared.append((step, "checkpoint", before, state))
     for old, new in zip_longest(expected["lines"], actual["lines"], fillvalue=Event()):
@@ -214,7 +214,7 @@ def _compare(
     for path, was, now in unequal(*states):
         # The scheduler puts the rate of the next step into the optimizer.
         part, _, inner = path.partition("/")
-        kind = part.partition(".")[0]  # of several, as in optimizer.generator
+        kind = part.partition(".")[0]  # optimizer.generator, if there are several
         if kind in ("optimizer", "scheduler"):
             part = "scheduler" if inner.startswith("param_groups") else kind
         if part.startswith("callback."):

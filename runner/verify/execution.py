@@ -43,7 +43,7 @@ class AttemptRequest:
 
     ``steps`` is the last step; ``seconds`` of training end it earlier. ``pins`` are held constant
     (``runner.verify.controls``). ``suspects`` are paths in memory, whose values are copied after the step ``take``, or
-    replaced by those of the attempt with the record ``put``. ``evaluations`` is the most steps between two of them.
+    replaced by the copies of the attempt with the record ``put``. ``evaluations``: at most so many steps between two.
     A ``silent`` attempt records neither states nor memory, because a user's ``state_dict`` may change something. The
     user's clocks are ``shift`` seconds ahead and ``late`` seconds behind. After ``limit`` seconds the attempt is ended,
     as a failure. ``imports`` are modules that it needs. It has the temporary files of the run's earlier attempts,
@@ -298,7 +298,7 @@ class Executor:
         return self.deadline - time.monotonic()
 
     def attempt(self, run: RunTrace, *overrides: str, workers: int, server: int = 0, **fields: Any) -> AttemptTrace:
-        """Make the next attempt at a run; ``fields`` are those of an AttemptRequest. Raises OutOfTime."""
+        """Make the next attempt at a run; ``fields`` are for its AttemptRequest. Raises OutOfTime."""
         limit = min(self.limit, self.seconds_left())
         if limit <= 0:
             raise OutOfTime

@@ -27,7 +27,7 @@ from runner.errors import RunnerError, kind_of, printable
 from runner.verify.execution import AttemptRequest
 
 _TICK_SECONDS = 0.005
-_MOST_LINES = 10  # of threads, for the verdict
+_MOST_LINES = 10  # lines of threads in a verdict
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of <sys/prctl.h>: processes without a parent become children of this one
 _IMPORTS = ("torch._dynamo", "runner.app", "runner.experiment", "runner.runs.audit", "runner.verify.recorder")
 _IMPORTS_OF_SEVERAL = ("runner.distributed.processes", "runner.distributed.parallel")
@@ -43,7 +43,7 @@ def serve() -> None:
     from runner.app import warm_up
 
     warm_up()
-    gc.freeze()  # else the first collection in each attempt copies every page
+    gc.freeze()  # otherwise the first collection in each attempt copies every page
     for line in open(0, "rb", buffering=0):  # ``select`` must see whether there is more
         request = AttemptRequest.parse(line)
         _import([*request.imports, *(_IMPORTS_OF_SEVERAL if request.processes > 1 else ())])
@@ -63,7 +63,7 @@ def _import(modules: Sequence[str]) -> None:
 
 
 def _fork(request: AttemptRequest) -> list[int]:
-    """Start the processes of an attempt; returns their pids by rank. The first pid is that of their group."""
+    """Start the processes of an attempt; returns their pids by rank. The first pid is also the pid of their group."""
     pids: list[int] = []
     for rank, environment in enumerate(_environments(request.processes)):
         pid = os.fork()
@@ -72,7 +72,7 @@ def _fork(request: AttemptRequest) -> list[int]:
             os.environ |= environment
             _run(request, rank, group)
         with contextlib.suppress(ProcessLookupError):
-            os.setpgid(pid, group)  # as the process itself does: either may come first
+            os.setpgid(pid, group)  # the process itself does the same: either may come first
         pids.append(pid)
     return pids
 
@@ -127,7 +127,7 @@ def _record_lines(pids: Sequence[int], request: AttemptRequest) -> None:
 
 
 def _children(pid: int) -> list[int]:
-    """The processes that a process has started, and those that they have started."""
+    """The processes that a process has started, and the processes that they have started, and so on."""
     children: list[int] = []
     with contextlib.suppress(OSError):
         for tasks in Path(f"/proc/{pid}/task").glob("*/children"):

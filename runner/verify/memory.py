@@ -48,8 +48,8 @@ HOOKS = "_hooks["
 PROCESS = "process: "
 
 
-_DEPTH = 8  # attributes and items from an object of the experiment; deeper ones are digested together
-_FEW = 16  # items of a container that is entered item by item; larger ones are digested
+_DEPTH = 8  # attributes and items from an object of the experiment; deeper values are digested together
+_FEW = 16  # items of a container that is entered item by item; larger containers are digested
 _BUDGET = 300_000  # values that are looked at in one moment
 _MANY = 10_000  # values of one container that are looked at, from its end
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
@@ -335,7 +335,7 @@ def _inside(value: Any) -> Iterator[Value]:
     elif is_a(value, np.ndarray):
         flat = np.ndarray.ravel(np.ndarray.view(value, np.ndarray))
         yield from (Value(f"[{number}]", inner, "", number) for number, inner in enumerate(flat.tolist()))
-    elif is_a(value, partial):  # as a whole: its parts cannot be set
+    elif is_a(value, partial):  # without kinds: its parts cannot be set
         parts = [*enumerate(value.args), *value.keywords.items()]
         yield from (Value(f"[{key!r}]", inner, "", key) for key, inner in [("function", value.func), *parts])
     elif is_a(value, torch.Tensor):
@@ -406,7 +406,7 @@ def layout(kind: type) -> tuple[list[tuple[str, Any]], Any]:
 
 
 def dict_of(value: Any) -> Any:
-    """The ``__dict__`` of an object itself, or that of this thread; None if it has none."""
+    """The ``__dict__`` of an object itself; of a ``threading.local``, for this thread. None if it has none."""
     if is_a(value, local):
         return local.__getattribute__(value, "__dict__")
     descriptor = layout(type(value))[1]
@@ -437,7 +437,7 @@ def variables(function: Any) -> Iterator[Value]:
 
 
 def _is_value(key: str, value: Any) -> bool:
-    """Whether a name of a class or a module is that of a value, of a stateful function or of an exchanged function."""
+    """Whether a name of a class or a module stands for a value, a stateful function or an exchanged function."""
     if is_a(value, staticmethod, classmethod):
         value = value.__func__
     elif type(value) is property:

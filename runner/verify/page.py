@@ -13,7 +13,7 @@ from runner.verify.execution import RunTrace
 from runner.verify.proof import Verdict
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT = 480, 220, 52, 14  # pixels of the picture, and its margins
-_PARTS = 4  # of each axis
+_PARTS = 4  # into which each axis is divided
 _RUNS = (("#0072b2", 5, "without kills"), ("#d55e00", 1.5, "with kills"))  # distinct for the colour-blind, too
 _DIGEST = re.compile(r"\b[0-9a-f]{8,}\b")
 _COMPARED = (

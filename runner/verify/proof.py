@@ -46,7 +46,7 @@ from runner.verify.source import UNTRIED, line_of
 LEAST_SECONDS = 60.0  # no attempt counts as hanging earlier
 TIMES = 10.0  # an attempt counts as hanging if it takes so many times as long as the undisturbed run
 _UNKNOWN = ("other", "time-limit")  # kinds of errors that say nothing of a resume
-_STATES = 6  # of the killed run on the disk at once: the last ones, the best, and one that is being written
+_STATES = 6  # the killed run has so many on the disk at once: the last, the best, and one that is being written
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,7 +116,7 @@ class Recorder(Observer):
         plan = stream.plan if isinstance(stream, MapStyleStream) else None
         limits = [limit for limit in (setup.max_steps, self._request.steps) if limit is not None]
         setup.max_steps = min(limits, default=None)
-        unlimited, setup.max_seconds = setup.max_seconds, None  # by the clock every run ends at another step
+        unlimited, setup.max_seconds = setup.max_seconds, None  # runs that the clock ends differ in their last step
         # A user's writer would log every attempt of the proof somewhere outside.
         setup.writers = {
             name: node for name, node in setup.writers.items() if str(node.get("_target_")).startswith(_WRITERS)
@@ -190,7 +190,7 @@ class Recorder(Observer):
         self.die("evaluation", self._line.get("step", 0))
 
     def on_step(self, loop: Loop) -> None:
-        # Once, whatever is requested: a user's state_dict may change something.
+        # Once in every step: a user's state_dict may change something.
         state = None if loop.evaluation_due or self._request.silent else loop.state.state_dict()
         digests = {"due": True} if loop.evaluation_due else self._digests(state)
         self.write("step", **self._line, evaluation=loop.evaluation or {}, **digests)
@@ -198,7 +198,7 @@ class Recorder(Observer):
             suspects.take(self._request.suspects, self._objects, state["model"], self._request.copies(self._rank))
         self.die("step", loop.step)
         if loop.step == self._save_after:
-            self.die("clock", self._step)  # at the latest
+            self.die("clock", self._step)  # if the clock has not come first
             loop.save = True
 
     def on_commit(self, step: int) -> None:

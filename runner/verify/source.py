@@ -1,4 +1,4 @@
-"""Lines of the user's own code: of what an object does, of what a stack comes from, and of what reaches outside.
+"""Lines of the user's own code: that change an object, call a function, raise an error, or reach outside.
 
 Files that outlive a run, other processes, sockets and listings of folders are no memory of any object. An audit hook
 sees them in the undisturbed run, and notes the line of the user's that asked.
@@ -124,7 +124,7 @@ _OPEN = Path("/proc/self/fd")
 
 
 def _written() -> Iterator[str]:
-    """Files that this process has open to be written, but for those of the run."""
+    """Files that this process has open to be written, without the run's own files."""
     for link in _OPEN.iterdir():
         with suppress(OSError, ValueError):
             file, facts = os.readlink(link), Path("/proc/self/fdinfo", link.name).read_text()

@@ -112,7 +112,7 @@ def put(paths: Iterable[str], objects: Mapping[str, Any], state: Any, file: Path
 
 
 class _Pickler(pickle.Pickler):
-    """Copies what is at a path; objects elsewhere, such as parameters of the model, are named by their paths."""
+    """Copies the value at a path; objects elsewhere, such as parameters of the model, are named by their paths."""
 
     def __init__(self, stream: io.BytesIO, values: Mapping[str, Value], path: str) -> None:
         super().__init__(stream)
@@ -125,7 +125,7 @@ class _Pickler(pickle.Pickler):
         return self._paths.get(id(value))
 
     def reducer_override(self, value: Any) -> Any:
-        if is_a(value, functools._lru_cache_wrapper):  # else named, and not copied
+        if is_a(value, functools._lru_cache_wrapper):  # pickle would store its name alone
             raise pickle.PicklingError
         if is_a(value, staticmethod, classmethod):
             return type(value), (value.__func__,)
