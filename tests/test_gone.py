@@ -182,7 +182,9 @@ def test_a_finished_run_without_its_weights_makes_them_again(
         if damaged is not None:
             system.pipe_file(f"{run}/{name}", damaged)
         end = life(*command, environment=environment)
-        told = f"finished, but {name} has {len(damaged or b'')} bytes, expected {len(whole[name])}; it is exported again"
+        told = (
+            f"finished, but {name} has {len(damaged or b'')} bytes, expected {len(whole[name])}; it is exported again"
+        )
         assert (end.status, told in end.output) == (0, True), end.output
         assert {name: system.cat_file(f"{run}/{name}") for name in (first, best)} == whole
         again = json.loads(system.cat_file(f"{run}/result.json"))

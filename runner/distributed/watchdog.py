@@ -106,7 +106,7 @@ def stacks() -> Stacks:
 def _line(frames: Sequence[Frame]) -> str:
     """The first of the frames that is not of torch or the standard library, else the first."""
     frame_to_show = next((frame for frame in frames if not _is_library(frame[0])), frames[0] if frames else None)
-    return "{}:{} in {}".format(*frame_to_show) if frame_to_show else "an unknown place"
+    return "{}:{} in {}".format(*frame_to_show) if frame_to_show else "an unknown line"
 
 
 def _is_library(file: str) -> bool:

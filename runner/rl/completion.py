@@ -103,9 +103,9 @@ def padded(rows: Sequence[Tensor], starts: Sequence[int]) -> tuple[Tensor, Tenso
     from ``starts`` on, shifted by one as log-probabilities are.
     """
     tokens = nn.utils.rnn.pad_sequence([*rows], batch_first=True)
-    place = torch.arange(1, tokens.shape[1])
+    position = torch.arange(1, tokens.shape[1])
     ends = torch.tensor([[len(row)] for row in rows])
-    return tokens, ((place >= torch.tensor(starts)[:, None]) & (place < ends)).float()
+    return tokens, ((position >= torch.tensor(starts)[:, None]) & (position < ends)).float()
 
 
 def _device(model: nn.Module) -> torch.device:

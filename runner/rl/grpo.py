@@ -194,9 +194,9 @@ class GRPO(Completion):
         train = partial(self._train, model, update, slice(rank, None, size), pieces)
         if self.staleness:
             with ThreadPoolExecutor(1, thread_name_prefix="rollouts") as thread:
-                drawn = thread.submit(draw, self._copy(model))
+                future = thread.submit(draw, self._copy(model))
                 metrics, trained, old = train()
-            added, dropped = self._add(update.gather(drawn.result()))
+            added, dropped = self._add(update.gather(future.result()))
         else:
             with evaluation_mode(model):
                 added, dropped = self._add(update.gather(draw(model)))
@@ -249,29 +249,29 @@ class GRPO(Completion):
         """The groups of prompts of one length."""
         device = next(model.parameters()).device
         texts = torch.tensor([tokens for _, tokens, *_ in prompts])
-        keys = [self.key(place, number) for place, *_ in prompts for number in range(self.samples)]
-        drawn = generate(model, texts.repeat_interleave(self.samples, 0).to(device), keys, self.sampling)
-        completions = self.texts(drawn)
+        keys = [self.key(position, number) for position, *_ in prompts for number in range(self.samples)]
+        completions = generate(model, texts.repeat_interleave(self.samples, 0).to(device), keys, self.sampling)
+        words = self.texts(completions)
         for number, (position, _, text, answer) in enumerate(prompts):
             rows = slice(number * self.samples, (number + 1) * self.samples)
-            results = [self.reward(text, completion, answer) for completion in completions[rows]]
+            results = [self.reward(text, completion, answer) for completion in words[rows]]
             yield Group(
                 position,
                 self.step,
                 version,
                 texts[number],
-                drawn.tokens[rows].cpu(),
-                drawn.logprobs[rows].cpu(),
-                drawn.lengths[rows].cpu(),
+                completions.tokens[rows].cpu(),
+                completions.logprobs[rows].cpu(),
+                completions.lengths[rows].cpu(),
                 torch.tensor([reward for reward, _ in results], dtype=torch.float64),
                 sum(correct for _, correct in results),
             )
 
-    def _add(self, drawn: Sequence[Sequence[Group]]) -> tuple[list[Group], list[int]]:
+    def _add(self, shares: Sequence[Sequence[Group]]) -> tuple[list[Group], list[int]]:
         """Put the groups of all processes into the queue; returns them in the order of their positions, and the
         positions of groups that were dropped because all of their rewards are equal.
         """
-        groups = sorted((group for share in drawn for group in share), key=lambda group: group.position)
+        groups = sorted((group for share in shares for group in share), key=lambda group: group.position)
         equal = [group for group in groups if group.rewards.min() == group.rewards.max() and not self.keep_equal]
         dropped = {group.position for group in equal}
         self.waiting.extend([group for group in groups if group.position not in dropped])

@@ -37,14 +37,14 @@ def push(
     facts = RunFacts(directory)
     checkpoint, _ = read(directory, None, lambda _: None)
     own, number = str(facts.record.get("id")), facts.newest.number if facts.newest else 0
-    place = (directory.location, directory.experiment, directory.name)
-    context = WriterContext(*place, facts.identity, number, checkpoint.step, id=own)
+    names = (directory.experiment, directory.name)
+    context = WriterContext(directory.location, *names, facts.identity, number, checkpoint.step, id=own)
     state = facts.summary().state
     try:
         writer = service.make(target, context, arguments)
-        sent = service.push(name, writer, checkpoint.facts.get("metrics") or {}, _STATUS.get(state, state))
+        count = service.push(name, writer, checkpoint.facts.get("metrics") or {}, _STATUS.get(state, state))
     except RunnerError:
         raise
     except Exception as error:
         raise RunnerError(f"{name}: {type(error).__name__}: {error}. The same command sends what is missing") from error
-    return {"run": directory.location.url, "writer": name, "step": checkpoint.step, "sent": sent}
+    return {"run": directory.location.url, "writer": name, "step": checkpoint.step, "sent": count}

@@ -71,12 +71,12 @@ def _run_isolated(task: TaskFunction, config: DictConfig) -> Any:
 
 def _wait(process: BaseProcess, pipe: Connection) -> tuple[Any, BaseException | None, str | None]:
     """The job's value, its error and the stop signal that it received. Passes a stop signal on to the process."""
-    ending, sent = None, False
+    ending, passed_on = None, False
     # The pipe may outlive the job in processes that the job began.
     while not pipe.poll(_POLL_SECONDS) and process.is_alive():
         stop = signals.received() or ("SIGTERM" if VARIABLE in os.environ and orphaned() else None)
-        if stop and not sent:
-            sent = True
+        if stop and not passed_on:
+            passed_on = True
             with suppress(OSError):  # the process has ended
                 pipe.send(stop)
     with suppress(EOFError, OSError):
