@@ -32,14 +32,14 @@ from runner.storage.location import Location, Lock
 
 log = logging.getLogger("runner")
 
-HIGHEST = 10**15 - 1  # number of an attempt: names have at most 15 digits
-GONE_SECONDS = 10.0  # within which a run directory that was moved away may come back
+HIGHEST = 10**15 - 1  # the last number for an attempt: names have at most 15 digits
+GONE_SECONDS = 10.0  # a run directory that was moved away may come back within this time
 _CLAIM = re.compile(r"([0-9]{6,15})-([0-9a-f]{12})\.json")
 _LIMIT = 1 << 20  # bytes of a record
 _BEAT_SECONDS = (0.1, 5.0)  # bounds for the interval in a claim, which anyone may have written
 _MOST_WITH_ONE_NUMBER = 1000  # claims: processes that start at once make few, and a killed process leaves its claim
 _SILENT_BEATS = 3  # an attempt whose heartbeat has not changed for so many intervals counts as dead
-_SLACK_SECONDS = 0.5  # besides, for a storage that is slow
+_SLACK_SECONDS = 0.5  # added to these intervals, in case the storage is slow
 _FEW_ATTEMPTS = 25  # their claims are listed at every beat; the claims of more attempts less often
 _WRITE_SECONDS = 0.2  # ``Attempt.beat`` delays the training thread by at most this
 _JOIN_SECONDS = 1.0  # the heartbeat's thread may hang in the storage
@@ -366,9 +366,9 @@ def claim(location: Location, facts: dict[str, Any], *, above: int = 0, steal: b
 
     The storage need not support exclusive creation. Each claim is an object with a name of its own, and its process
     owns the run if a listing *after* the write shows only the claims of a listing before it, and its own. Two processes
-    cannot both own the run: if both wrote, the process that lists last sees the other's claim. A process that
-    sees another claim withdraws its own and starts over, so abandoned claims do not stay. It gives up for good only if
-    it sees a live attempt, so one process wins.
+    cannot both own the run: if both wrote, the process that lists last sees the other's claim. A process that sees
+    another claim withdraws its own and starts over, so abandoned claims do not stay. It gives up for good only if it
+    sees a live attempt, so one process wins.
     """
     dead: set[ClaimName] = set()
     for number in count():

@@ -140,8 +140,8 @@ class RunDirectory:
             raise self._unusable(_CONFIG, f"cannot be read: {error}") from error
 
     def identity(self, *, before: int | None = None) -> dict[str, Any] | None:
-        """The configuration that the run has now: it was created with it, or its newest attempt (with a number below
-        ``before``) accepted it.
+        """The configuration that the run has now: from its creation, unless its newest attempt (with a number below
+        ``before``) accepted another.
         """
         return self.identity_since(attempts.newest(self.location, before=before))
 

@@ -77,7 +77,7 @@ def open_run(spec: RunSpec) -> RunSpec:
             return _fork(spec)
         raise DriftRefused(_refusal(spec, changes))
     if not changes:
-        identity = current  # the same run may be spelled otherwise: 1 there, and 1.0 by this command
+        identity = current  # spelled as the run has it: 1 where this command says 1.0
     accepted = identity if compare(directory.configuration() or identity, identity) else None
     result = None if changes else directory.result(identity)
     if result is not None and (missing := directory.missing_export(result)):
