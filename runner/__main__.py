@@ -27,6 +27,8 @@ _PLAIN = "letters, digits and -./:%+@"
 _WHOLE = re.compile("(?s).+")
 _NESTED = re.compile(r"[\[{]|\w+\(")
 _PART = re.compile(r"[^][{}(),:\s]*[^][{}(),\w\s./:%+@-][^][{}(),]*")
+_MISSING = re.compile("Could not find '([a-z]+)/(.*)'")
+_OBJECTS = ("model", "task", "optimizer", "scheduler")  # groups whose options have a ``_target_``
 _QUOTED = r'"\g<0>"'
 
 
@@ -191,6 +193,9 @@ def _explain(error: BaseException) -> str:
     if remedy := _unknown_key(error):
         # Hydra advises to append the key with +, which is refused as well.
         lines = [*(line for line in lines if not line.startswith("To append to your config use")), remedy]
+    if (option := _MISSING.search(message)) and option[1] in _OBJECTS:
+        named = option[2] if "." in option[2] else "my_module.MyClass"
+        lines.insert(0, f"A class or function of any module: {option[1]}._target_={named}")
     return "\n".join(lines)
 
 

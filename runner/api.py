@@ -106,10 +106,20 @@ class Run:
         return load_task(self._facts, checkpoint)
 
     def data(self, name: str = "validation") -> Any:
-        """The data set ``train`` or ``validation``."""
+        """The data set ``train``, ``validation`` or ``test``; where there are several, a dict of all by name, or one of
+        them, as in ``validation.clean``. Raises ConfigError.
+        """
         from runner.restore import rebuild
 
-        return rebuild(self._facts, f"data.{name}")
+        key = f"data.{name}"
+        node = OmegaConf.select(self.config, key)
+        if not isinstance(node, DictConfig):
+            raise ConfigError(f"{self.url} has no data set {name}: expected train, validation, validation.NAME or test")
+        return (
+            rebuild(self._facts, key)
+            if "_target_" in node
+            else {str(each): self.data(f"{name}.{each!s}") for each in node}
+        )
 
 
 def train(

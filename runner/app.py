@@ -251,11 +251,24 @@ def run_spec(config: DictConfig) -> RunSpec:
     """
     schema.check(config)
     hydra, run = HydraConfig.get(), config.run
+    _refuse_hidden_files(hydra)
     overrides = _unresolved(hydra.overrides.task)
     experiment, name = hydra.runtime.choices["experiment"], _run_name(config, hydra)
     directory = RunDirectory.under(absolute_root(config), experiment, name, storage_options(config))
     parent, command = _parent(config), _command(hydra, overrides)
     return RunSpec(directory, identity(config), command, overrides, parent, run.on_drift, run.on_conflict)
+
+
+def _refuse_hidden_files(hydra: HydraConf) -> None:
+    """Raise ConfigError if an option of the package was chosen, and the user has a file of the same name, which Hydra
+    passes over without a word.
+    """
+    folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
+    for group, option in hydra.runtime.choices.items():
+        name = Path(group.partition("@")[0], f"{option}.yaml")
+        files = [*dict.fromkeys(file.resolve() for folder in folders if (file := folder / name).is_file())]
+        if len(files) > 1 and files[0].is_relative_to(CONFIGS.resolve()):
+            raise ConfigError(f"{group}={option} is an option of the package, {files[0]}; rename your own, {files[1]}")
 
 
 def absolute_root(config: DictConfig) -> str:

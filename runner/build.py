@@ -48,6 +48,7 @@ from runner.optimizers import (
     require_plain_step,
     settings_of,
     step_error,
+    takes_metric,
 )
 from runner.rng import seed_all
 from runner.run.attempts import Attempt
@@ -415,7 +416,7 @@ def _scheduler(config: Config, node: Any, key: str, optimizer: Any, plan: Plan |
             unit = interval or "step"
             log.warning("schedule %s.total_steps=%d, but the run ends at %s %d", key, node.total_steps, unit, last)
     scheduler = _construct(instance(node, key, _partial_=True, **options), optimizer, key)
-    if not step_error(scheduler) or step_error(scheduler, 0.0):
+    if not step_error(scheduler) or not takes_metric(scheduler):
         require_plain_step(scheduler, key)
         return scheduler, interval or "step"
     _require_objective(config, key, scheduler, interval)
@@ -465,23 +466,21 @@ def _writer(node: Any, name: str, context: WriterContext) -> MetricWriter:
 
 
 def _instantiation_error(node: DictConfig, key: str, error: InstantiationException) -> str:
-    """Hydra's message in the words of the cause, with the lines of the constructor that led to an error inside it."""
+    """Hydra's message in the words of the cause, with its own causes and the lines of code that led to them."""
     cause = error.__cause__
     if cause is None:
         return f"{key}: {error}"
     if str(error).startswith("Error locating target"):
         version = f" This is torch {torch.__version__}." if str(node._target_).startswith("torch.") else ""
-        where = version or import_hint(cause)
+        where = version + import_hint(cause)
+        if "." not in str(node._target_):
+            return f"{key}._target_: {node._target_} needs its module, as in my_module.{node._target_}"
         # Hydra asks so, too, where the module is there and its import fails.
         return f"{key}._target_: {f'{cause}{where}' if where else str(cause).partition('Are you sure that module')[0]}"
-    message = _traceback_text(cause)
-    return f"{key}: {node._target_} cannot be called with the configured arguments:\n{message}{_hint(message, key)}"
-
-
-def _traceback_text(error: BaseException) -> str:
-    """An error with the lines of code that led to it, without the first: the call of the constructor."""
-    lines = traceback.format_list(traceback.extract_tb(error.__traceback__)[1:])
-    return "".join([*lines, f"{type(error).__name__}: {error}"])
+    cause.__traceback__ = cause.__traceback__ and cause.__traceback__.tb_next  # without the call of the constructor
+    message = "".join(traceback.format_exception(cause)).replace("Traceback (most recent call last):\n", "").rstrip()
+    what = "raised" if "\n" in message else "cannot be called with the configured arguments:"
+    return f"{key}: {node._target_} {what}\n{message}{_hint(message, key)}"
 
 
 def _hint(message: str, key: str) -> str:

@@ -105,7 +105,7 @@ def _report(
     metrics = _aggregate(task, model, data, team, before)
     if team.world.size > 1:  # the batches of the processes may have drawn different random numbers
         seed_all(seed)
-    report = _in_all(team, lambda: _checked_report(task.evaluation_end(model, metrics), name))
+    report = _in_all(team, lambda: _checked_report(task.evaluation_end(model, metrics), task))
     return same_for_all(report, team, f"{name}.evaluation_end", _REMEDY)
 
 
@@ -214,7 +214,7 @@ def _interruption_points(number: int, team: Team, before: "_StateBefore") -> Ite
 
 def _measure(totals: _Totals, polls: Iterator[bool], task: Task, model: nn.Module, data: EvaluationData) -> None:
     """Add the metrics of all batches of this process to ``totals``."""
-    step = f"{type(task).__name__}.evaluation_step"
+    step = f"{type(task).__name__}.{_step_of(task)}"
     batches = iter(data)
     for at_once in polls:
         with signals.interrupt_reads(at_once):
@@ -379,19 +379,29 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _checked_report(report: Any, task: str) -> Mapping[str, float | str]:
+def _checked_report(report: Any, task: Task) -> Mapping[str, float | str]:
     """The report with numbers for tensors and arrays of a single value, as torchmetrics and scikit-learn return."""
+    owner = type(task).__name__
     example = "expected a dict of numbers and texts, as in {**metrics, 'perplexity': math.exp(metrics['loss'])}"
     if not isinstance(report, Mapping):
-        raise TaskError(f"{task}.evaluation_end returned a {type(report).__name__}; {example}")
+        raise TaskError(f"{owner}.evaluation_end returned a {type(report).__name__}; {example}")
     checked = {}
     for name, value in report.items():
         if getattr(value, "shape", None) is not None and math.prod(value.shape) == 1:
             value = value.item()
-        if not isinstance(value, int | float | str):
-            raise TaskError(f"{task}.evaluation_end returned {name!r} as a {type_text(value)}; {example}")
-        checked[name] = value
+        if isinstance(value, int | float | str):
+            checked[name] = value
+        elif type(task).evaluation_end is Task.evaluation_end:
+            remedy = "return a mean in its place, or make a number of all rows in evaluation_end"
+            raise TaskError(f"{owner}.{_step_of(task)} returned {name!r} with a row for each sample; {remedy}")
+        else:
+            raise TaskError(f"{owner}.evaluation_end returned {name!r} as a {type_text(value)}; {example}")
     return checked
+
+
+def _step_of(task: Task) -> str:
+    """The method that computes the metrics of a batch."""
+    return "training_step" if type(task).evaluation_step is Task.evaluation_step else "evaluation_step"
 
 
 def train_mode(model: nn.Module) -> None:

@@ -202,15 +202,19 @@ def step_error(instance: Any, *arguments: Any) -> Exception | None:
     return None
 
 
+def takes_metric(scheduler: Any) -> bool:
+    """Whether ``step`` takes a metric, and not the number of an epoch or update, as the schedulers of timm do."""
+    names = [*signature(type(scheduler).step).parameters]
+    return not step_error(scheduler, 0.0) and names[1] not in ("epoch", "num_updates", "step")
+
+
 def require_plain_step(instance: Any, key: str) -> None:
     """Raise ConfigError for an object without a ``step()`` that takes no arguments."""
     if error := step_error(instance):
         path = f"{type(instance).__module__}.{type(instance).__qualname__}"
-        remedy = (
-            ""
-            if key.startswith("scheduler")
-            else ". A task with an optimization_step of its own may call step(closure)"
-        )
+        remedy = ". A task with an optimization_step of its own may call step(closure)"
+        if key.startswith("scheduler"):
+            remedy = ". Use a scheduler of torch.optim.lr_scheduler, or runner.schedules.warmup_cosine"
         raise ConfigError(
             f"{key}: training calls step() without arguments, which {path} does not take: {error}{remedy}"
         ) from error

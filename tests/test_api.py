@@ -130,6 +130,20 @@ def test_a_model_computes_what_the_run_reported(run: runner.Run) -> None:
     assert abs(float(loss) - run.result["metrics"]["val/loss"]) < 1e-5
 
 
+def test_several_data_sets_are_opened_by_name(run: runner.Run, tmp_path: Path) -> None:
+    shutil.copytree(run.url, tmp_path / "several")
+    config = yaml.safe_load((tmp_path / "several/config.yaml").read_text())
+    config["data"]["validation"] = {"a": config["data"]["validation"], "b": config["data"]["train"]}
+    (tmp_path / "several/config.yaml").write_text(json.dumps(config))  # YAML, too, and without aliases
+    several = runner.open(tmp_path / "several")
+    both, sizes = several.data(), [len(run.data(name)) for name in ("validation", "train")]
+    assert [*both] == ["a", "b"]
+    assert [len(each) for each in both.values()] == sizes
+    assert len(several.data("validation.b")) == sizes[1]
+    with pytest.raises(ConfigError, match="has no data set valid: expected train, validation"):
+        several.data("valid")
+
+
 def test_what_cannot_be_opened_is_explained(run: runner.Run, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not a run directory"):
         runner.open(folder)

@@ -88,6 +88,8 @@ MISTAKES = {
     "wrong type": smoke("could not be converted to Integer", "trainer.max_steps=many"),
     "wrong choice": smoke("expected one of [refuse, accept, fork]", "run.on_drift=maybe"),
     "unknown option": smoke("Available options in 'optimizer':\n\tadamw\n\tsgd", "optimizer=adamm"),
+    "a class for an option": smoke("A class or function of any module: model._target_=mine.Net\n", "model=mine.Net"),
+    "an option that is not there": smoke("optimizer._target_=my_module.MyClass\n", "optimizer=adam"),
     "too small": smoke("checkpoint.keep_last=1 is too small: at least 2", "checkpoint.keep_last=1"),
     "no root": smoke("run.root is empty; is the variable for it empty?", "run.root="),
     "no end": smoke("the training has no end: set trainer.max_steps", "trainer.max_steps=null"),

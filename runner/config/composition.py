@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterable
+from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
 from inspect import signature
@@ -33,11 +34,19 @@ def install() -> None:
 
 
 def import_hint(error: BaseException) -> str:
-    """Where Python looked for a module of the user's that it did not find; empty for any other error."""
+    """Where Python looked for a module of the user's that it did not find, or a similar name of a module that it did;
+    empty for any other error.
+    """
     while error.__cause__ is not None:
         error = error.__cause__
     if not isinstance(error, ModuleNotFoundError):
         return ""
+    parent, _, name = str(error.name).rpartition(".")
+    if parent in sys.modules:
+        module = sys.modules[parent]
+        similar = get_close_matches(name, dir(module), 1)
+        remedy = f" Did you mean {parent}.{similar[0]}?" if similar else ""
+        return f"{remedy} {parent} is {getattr(module, '__file__', None)}"
     folders = [
         folder for folder in dict.fromkeys(sys.path) if "/lib/python" not in folder and Path(folder or ".").is_dir()
     ]

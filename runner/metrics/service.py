@@ -19,6 +19,7 @@ import os
 import pkgutil
 import queue
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -201,9 +202,11 @@ class ServiceProcess(MetricWriter):
         except subprocess.TimeoutExpired:
             self._child.kill()
         self._reader.join(_LAST_SECONDS)
-        if self._wait() != 0:
-            remedy = f"the next attempt sends them, or runs push {self._url} {self._name}"
-            log.warning("metrics.writers.%s: not all points are sent yet: %s", self._name, printable(remedy))
+        if (code := self._wait()) != 0:
+            why = f" (no answer in {_LAST_SECONDS} seconds)" if code == -signal.SIGALRM else ""
+            push = shlex.join(["python", "-m", "runner.runs", "push", self._url, self._name])
+            remedy = f"the next attempt sends them, or\n  {push}\nwith the settings of the writer, as KEY=VALUE"
+            log.warning("metrics.writers.%s: not all points are sent yet%s: %s", self._name, why, printable(remedy))
 
     def _ask(self, request: str) -> str:
         """The answer of the child to the request to make the writer."""

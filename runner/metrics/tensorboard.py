@@ -106,28 +106,32 @@ def encode_events(events: Iterable[Event]) -> bytes:
 
 def summary(name: str, value: Any) -> bytes:
     """A picture, a histogram or a text as ``Task.log`` takes it, encoded. Raises TaskError for any other value."""
+    try:
+        return bytes(_summary(name, value).SerializeToString())
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        shape = getattr(value, "shape", None)
+        kind = type(value).__name__ + ("" if shape is None else f" of shape {[*shape]}")
+        raise TaskError(
+            f"log({name!r}) got a {kind}; expected a text, a figure, a vector for its histogram, or images of shape "
+            "[h, w], [c, h, w] or [n, c, h, w] with 1 or 3 channels. Numbers are metrics: return them from the step"
+        ) from error
+
+
+def _summary(name: str, value: Any) -> Any:
     if isinstance(value, str):
-        proto = text(name, value)  # type: ignore[no-untyped-call]
-    elif hasattr(value, "savefig"):
-        proto = image(name, figure_to_image(value, close=False), dataformats="CHW")  # type: ignore[no-untyped-call]
-    else:
-        array = value.detach().cpu() if isinstance(value, Tensor) else torch.as_tensor(value)
-        array = array.float() if array.dtype in (torch.bfloat16, torch.bool) else array
-        forms = {2: "HW", 3: "CHW", 4: "NCHW"}
-        if array.dim() not in (1, *forms) or not array.numel():
-            expected = (
-                "a text, a figure, a vector for its histogram, or images of shape [h, w], [c, h, w] or [n, c, h, w]"
-            )
-            raise TaskError(
-                f"log({name!r}) got a tensor of shape {[*array.shape]}; expected {expected}. Numbers are metrics"
-            )
-        if array.dim() > 1:
-            proto = image(name, array.numpy(), dataformats=forms[array.dim()])  # type: ignore[no-untyped-call]
-        elif len(finite := array.double()[array.double().isfinite()]):
-            proto = histogram(name, finite.numpy(), bins=_BINS)  # type: ignore[no-untyped-call]
-        else:
-            proto = text(name, "no value is finite")  # type: ignore[no-untyped-call]
-    return bytes(proto.SerializeToString())
+        return text(name, value)  # type: ignore[no-untyped-call]
+    if hasattr(value, "savefig"):
+        return image(name, figure_to_image(value, close=False), dataformats="CHW")  # type: ignore[no-untyped-call]
+    array = value.detach().cpu() if isinstance(value, Tensor) else torch.as_tensor(value)
+    array = array.float() if array.dtype in (torch.bfloat16, torch.bool) else array
+    forms = {2: "HW", 3: "CHW", 4: "NCHW"}
+    if array.dim() not in (1, *forms) or not array.numel() or array.is_complex():
+        raise ValueError
+    if array.dim() > 1:
+        return image(name, array.numpy(), dataformats=forms[array.dim()])  # type: ignore[no-untyped-call]
+    if len(finite := array.double()[array.double().isfinite()]):
+        return histogram(name, finite.numpy(), bins=_BINS)  # type: ignore[no-untyped-call]
+    return text(name, "no value is finite")  # type: ignore[no-untyped-call]
 
 
 _HPARAMS = f"{_FOLDER}/events.out.tfevents.0000000000.hparams"  # the number is a time; all other files have later times

@@ -1,0 +1,90 @@
+"""What a newcomer gets wrong in files of their own is named, with the remedy."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lives import Lives
+from omegaconf import OmegaConf
+
+from runner.build import instance
+from runner.errors import ConfigError
+from runner.optimizers import takes_metric
+
+MODULE = """
+from torch.nn import functional as F
+
+from runner.task import Task
+
+
+class Bare(Task):
+    def training_step(self, model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def net():
+    try:
+        [][0]
+    except IndexError as error:
+        raise ValueError("no weights") from error
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module ``own_file`` of the user."""
+    (tmp_path / "own_file.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_file", raising=False)
+    return tmp_path
+
+
+def mistake(target: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        instance(OmegaConf.create({"_target_": target}), "model")
+    return str(caught.value)
+
+
+def test_a_similar_name_of_the_module_is_offered(own: Path) -> None:
+    assert f"Did you mean own_file.net? own_file is {own}/own_file.py" in mistake("own_file.nett")
+    assert "Did you mean torch.optim.Adam?" in mistake("torch.optim.Adm")
+
+
+def test_a_target_needs_its_module() -> None:
+    assert mistake("Net") == "model._target_: Net needs its module, as in my_module.Net"
+
+
+def test_an_error_of_a_constructor_comes_with_its_cause(own: Path) -> None:
+    said = mistake("own_file.net")
+    assert said.startswith("model: own_file.net raised\n")
+    assert said.index("IndexError: list index out of range") < said.index("ValueError: no weights")
+    assert "[][0]" in said
+    assert "instantiate" not in said
+
+
+def test_an_experiment_of_a_package_name_is_refused(life: Lives, tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/smoke.yaml").write_text("# @package _global_\nseed: 3\n")
+    ended = life("--config-dir", str(tmp_path), "experiment=smoke", f"run.root={tmp_path}/runs")
+    assert (ended.status, "experiment=smoke is an option of the package" in ended.output) == (2, True), ended.output
+    assert f"rename your own, {tmp_path}/experiment/smoke.yaml" in ended.output
+
+
+def test_an_evaluation_by_the_training_step_names_it(life: Lives, own: Path) -> None:
+    task = ("task._target_=own_file.Bare", "~task.label_smoothing")
+    ended = life("experiment=smoke", *task, f"run.root={own}/runs", cwd=own)
+    assert "the evaluation failed: Bare.training_step returned a tensor of shape []" in ended.output, ended.output
+
+
+class Plateau:
+    def step(self, metrics: Any, epoch: int | None = None) -> None: ...
+
+
+class ByEpoch:
+    def step(self, epoch: int, metric: Any = None) -> None: ...
+
+
+def test_the_number_of_an_epoch_is_no_metric() -> None:
+    assert takes_metric(Plateau())
+    assert not takes_metric(ByEpoch())
