@@ -24,8 +24,8 @@ from runner.hashing import derive
 
 Collate = Callable[[list[Any]], Any]
 
-MAX_SUBSTITUTES = 8  # samples tried in place of a bad one; if one in ten is bad, all 8 are once in 10^8 times
-_MEASURE_EVERY = 8  # batches: the clock of a thread's time on a core is slow on some systems
+MAX_SUBSTITUTES = 8  # samples to try in place of a bad one; if one in ten is bad, all fail in one of 10^8 cases
+_MEASURE_EVERY = 8  # batches between two looks at a thread's time on a core, whose clock is slow on some systems
 _BLOCK = 4096  # neighbouring positions whose indices and seeds are computed together
 _RETRY_PAUSES = (0.1, 0.5, 2.0)  # seconds
 _PERMANENT = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
@@ -38,9 +38,9 @@ class Samples(Protocol):
 
     ``counts``: samples per shard, in order of index; shards are then read almost sequentially, and ``hold(windows,
     window)`` tells the data set how many windows of samples are read in turn. ``lengths``: tokens per sample, for
-    ``data.max_tokens``. ``__getitems__(indices)``: a list of samples, if reading several at once is
-    faster; used if samples draw no random numbers, and if at the start it returned those of ``__getitem__``.
-    ``fingerprint``: a text that changes with the data. ``locate(index)``: where a sample is stored, for messages.
+    ``data.max_tokens``. ``__getitems__(indices)``: a list of samples, if reading several at once is faster; used if
+    samples draw no random numbers, and if at the start it returned those of ``__getitem__``. ``fingerprint``: a text
+    that changes with the data. ``locate(index)``: where a sample is stored, for messages.
     """
 
     def __len__(self) -> int: ...
@@ -72,8 +72,8 @@ class ReadTime:
 class FetchedBatch(NamedTuple):
     """A collated micro-batch, the position of its first sample, and the digest of its samples' indices.
 
-    Digests of slices add up, modulo 2^64, to the digest of all of them. There is no batch if one of the
-    ``bad_records`` has no substitute, or if the collate function raised ``failure``.
+    Digests of slices add up, modulo 2^64, to the digest of all of them. There is no batch if one of the ``bad_records``
+    has no substitute, or if the collate function raised ``failure``.
     """
 
     first: int
@@ -97,10 +97,10 @@ class Fetcher(Dataset[Any]):
 
     Python's, numpy's and torch's generators are seeded from the position before each sample (``randomness=sample``),
     before each batch (``batch``), or never (``off``), and once more before a ``collate`` of the user. A generator is
-    seeded only after a sample has drawn from it; the slice of this sample is then read again. ``label`` gives
-    training and evaluation different seeds. A read is repeated after an error that may pass. With ``substitute`` a
-    sample that cannot be read is replaced by another, a pure function of the position. Positions in ``substitutions``
-    take the sample recorded there, because the record may be readable when a step is repeated.
+    seeded only after a sample has drawn from it; the slice of this sample is then read again. ``label`` gives training
+    and evaluation different seeds. A read is repeated after an error that may pass. With ``substitute`` a sample that
+    cannot be read is replaced by another, a pure function of the position. Positions in ``substitutions`` take the
+    sample recorded there, because the record may be readable when a step is repeated.
     """
 
     def __init__(
@@ -118,8 +118,8 @@ class Fetcher(Dataset[Any]):
         self.timed = False  # whether batches say how long they took to read
         self._reads = 0
         self._blocks = LRUCache[_Block](4)  # neighbouring slices share a block; one may cross into the next
-        self._bad_records: list[BadRecord] = []  # of the current slice
-        self._digest = 0  # of the current slice
+        self._bad_records: list[BadRecord] = []  # bad records of the current slice
+        self._digest = 0  # digest of the current slice
 
     def __getitem__(self, item: "Slice | Callable[[Fetcher], Any]") -> Any:
         """The batch of a slice; for a function its result, called with this fetcher in the process that reads."""
@@ -197,7 +197,7 @@ class Fetcher(Dataset[Any]):
         return [self._row(position, index, key, seed) for position, (index, key) in numbered]
 
     def _items(self, indices: list[int]) -> list[Any]:
-        """The samples, from one call if the data set can."""
+        """The samples, by one call if the data set allows it."""
         if not self.by_batch:
             return [self.samples[index] for index in indices]
         rows = [*self.samples.__getitems__(indices)]  # type: ignore[attr-defined]
@@ -270,7 +270,7 @@ class Fetcher(Dataset[Any]):
 
 
 def _collate(rows: list[Any]) -> Any:
-    """``default_collate``, in half of its time for tuples of tensors and integers, in the training process."""
+    """``default_collate``, in half the time for tuples of tensors and integers in the training process."""
     if type(rows[0]) is tuple and get_worker_info() is None:
         with suppress(Exception):  # then torch's function gives the result, or the message
             return [_COLUMNS[type(column[0])](column) for column in zip(*rows, strict=True)]

@@ -42,7 +42,7 @@ _log = logging.getLogger("runner")
 
 _PLAIN_TYPES = (str, int, float, torch.Tensor, type(None), dict, list, tuple)
 _NUMPY = "numpy"  # key of the dict that stands for a number or an array of numpy
-_NUMERIC_KINDS = "biufcmM"  # of numpy dtypes
+_NUMERIC_KINDS = "biufcmM"  # kinds of numpy dtypes
 _END = object()
 
 _STATE_STICKS = (
@@ -94,9 +94,7 @@ class BatchOptions:
     collate: Collate = default_collate
     drop_last: bool = False
     replay: bool = False  # after a resume, read the pass again instead of loading the user's state
-    audit: bool = (
-        False  # check at the start that a state ends with its pass or, with replay, that passes can be repeated
-    )
+    audit: bool = False  # check at the start that a state ends with its pass or (replay) that passes repeat
 
 
 class Batch(NamedTuple):
@@ -135,11 +133,11 @@ class IterableBatches(IterableDataset[Batch]):
         self._check_due = options.audit
         self._rows: Any = None  # the user's iterator
         self._entered = self._item = 0  # the iterator's pass, and the number of samples that it has yielded
-        self._keys: dict[str, int] = {}  # for the seeds of this pass
+        self._keys: dict[str, int] = {}  # label -> key of the seeds in this pass
 
     def __iter__(self) -> "IterableBatches":
         self._number += 1
-        self._rows = None  # until the first batch is requested, because a state may be loaded before
+        self._rows = None  # opened for the first batch, because a state may be loaded before
         if self._cursor.user_state is None or hasattr(self.samples, "set_epoch"):
             self._cursor = _Cursor(self._number)  # the end of the previous pass does not matter
         return self
@@ -160,7 +158,7 @@ class IterableBatches(IterableDataset[Batch]):
         with sandboxed(draws=self.options.randomness != "off"), signals.reading():
             try:
                 batch = self._batch()
-            except Exception as error:  # of the user's code
+            except Exception as error:  # raised by the user's code
                 where = f"data.train (a {type(self.samples).__qualname__}), item {self._item} of pass {self._entered}"
                 where += f" in worker {self._worker}" if get_worker_info() is not None else ""
                 cause = str(error)
@@ -314,10 +312,10 @@ class IterableStream(TrainingStream):
         self._samples = samples
         self._options = options
         self._micro_batches = micro_batches
-        self._loader_state: Any = None  # after the last finished step
+        self._loader_state: Any = None  # state of the loader after the last finished step
         self._ahead: Batch | DataError | None = None
-        self._pass = 0  # the pass of the batch ahead
-        self._pass_state: Any = None  # the state of the loader at the beginning of this pass
+        self._pass = 0  # number of the pass of the batch ahead
+        self._pass_state: Any = None  # state of the loader at the beginning of this pass
         self._pass_is_empty = True  # whether it has yielded nothing so far
         self._rereading = 0  # batches for which a worker may still have to read the pass again
         self._end_unknown = False  # whether the last step may have ended a pass
@@ -349,12 +347,12 @@ class IterableStream(TrainingStream):
         self._loader_state = iter(self._loader).state_dict()
 
     def ready(self) -> None:
-        """Have the next batch at hand, or the error that belongs to the step which needs this batch."""
+        """Have the next batch ready, or keep the error for the step that needs this batch."""
         try:
             self._ahead = self._ahead or self._read()
         except DataError as error:
             self._ahead = error
-            self.close()  # the frames of the error refer to this stream, which may thus live on
+            self.close()  # the frames of the error keep this stream alive
 
     def step(self) -> Iterator[tuple[float, Any]]:
         self.count, content = 0, content_hasher()
@@ -382,7 +380,7 @@ class IterableStream(TrainingStream):
         try:
             with signals.interrupt_reads():
                 self._finish_pass()
-        except signals.Stopped:  # before the batch ahead could tell whether this step ended the pass
+        except signals.Stopped:  # before the next batch could tell whether the pass has ended
             self._end_unknown = True
 
     def ledger_line(self, step: int) -> LedgerLine:
@@ -433,7 +431,7 @@ class IterableStream(TrainingStream):
         self.epochs = self._pass
 
     def _read(self) -> Batch:
-        """The next batch, from the next pass where a pass has ended."""
+        """The next batch; at the end of a pass, the first of the next pass."""
         began = time.perf_counter()
         while (batch := self._next()) is None:
             if self._pass_is_empty:

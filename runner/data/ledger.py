@@ -33,7 +33,7 @@ from runner.task import Rollouts
 log = logging.getLogger("runner")
 
 _FOLDER = "ledger"
-_SEGMENT = re.compile(r"s([0-9]{9,})-a([0-9]{6,})\.txt")  # the step after which it begins, the attempt
+_SEGMENT = re.compile(r"s([0-9]{9,})-a([0-9]{6,})\.txt")  # step after which the segment begins, attempt
 _LINE = re.compile(
     r"([0-9]{1,15}) ([0-9]{1,18}) ([0-9]{1,18}) ([0-9a-f]{16})((?: [0-9]{1,18}:[0-9]+>[0-9]+)*)"
     r"(| (?:rollouts|made)=[^\n]*)"
@@ -42,8 +42,8 @@ _RANGES = r"(?:[0-9]{1,18}-[0-9]{1,18}(?:,[0-9]{1,18}-[0-9]{1,18})*)?"
 _ROLLOUTS = re.compile(rf" rollouts=([0-9a-f]{{16}}) trained=({_RANGES})x([0-9]{{1,9}}) dropped=({_RANGES})")
 SEGMENT_BYTES = 1 << 20  # from this size on, a commit begins a new segment
 MAX_SEGMENT_BYTES = 16 << 20  # from this size on, a new segment begins without a commit
-_MAX_SEGMENT = 64 << 20  # bytes that are read
-_MAX_PLAN = 256 << 20  # bytes that are read
+_MAX_SEGMENT = 64 << 20  # bytes to read of a segment
+_MAX_PLAN = 256 << 20  # bytes to read of a plan
 _MAX_STEP = 1 << 22  # samples in a step, whatever a damaged file claims
 _SHORTEST = len("1 0 0 0123456789abcdef\n")
 
@@ -59,7 +59,7 @@ _OTHER_ROLLOUTS = (
 # A ledger may be damaged or hostile, so the work is limited.
 CHUNK_POSITIONS = 1 << 18  # positions that are checked together
 _MAX_EPOCHS = 1 << 16  # epochs in a step
-_MAX_WASTED = 1 << 22  # positions of lines that prove nothing, after which the check stops
+_MAX_WASTED = 1 << 22  # positions of lines with a wrong digest, after which the check stops
 _EPOCH_COST = 256  # positions whose check takes about as long as the beginning of an epoch
 
 
@@ -197,7 +197,7 @@ def read_segments(location: Location, *, after: int = -1) -> list[Segment]:
     names = ((_SEGMENT.fullmatch(entry.name), entry.size) for entry in location.list(_FOLDER))
     sizes = {(int(name[2]), int(name[1])): size for name, size in names if name}
     relevant: list[tuple[int, int]] = []
-    longest: dict[int, int] = {}  # by the step after which segments begin
+    longest: dict[int, int] = {}  # step after which segments begin -> bytes of the longest
     ends: dict[tuple[int, int], int] = {}
     following = (0, 0)
     for attempt, step in sorted(sizes, reverse=True):
@@ -240,7 +240,7 @@ def _segment_name(step: int, attempt: int) -> str:
 
 
 def _read(location: Location, step: int, attempt: int) -> Iterator[Segment]:
-    """The segment; nothing if a kill came before its header was whole."""
+    """The segment; nothing if a kill came before its header was written."""
     name = _segment_name(step, attempt)
     text = (location.read(name, limit=_MAX_SEGMENT) or b"").decode(errors="replace")
     header, *rest = text[: text.rfind("\n") + 1].splitlines() or [""]
@@ -300,7 +300,7 @@ _Passes = dict[tuple[int, int], _PassCounts]  # (source, number of the pass) -> 
 
 @dataclass(frozen=True, slots=True)
 class LedgerReport:
-    """The verdict over a run. It holds if there are no ``problems``, which are messages."""
+    """The verdict on a run, which ``holds`` if there are no ``problems`` (messages)."""
 
     steps: int
     positions: int
@@ -340,7 +340,7 @@ def lineage(segments: Iterable[Segment], *, committed: int) -> tuple[list[Ledger
     earlier: dict[int, tuple[LedgerLine, int]] = {}  # step -> its line, and ``changes`` then
     again = {"steps": 0, "positions": 0, "differing": 0}
     problems: list[str] = []
-    attempt = grouping = changes = 0  # changes of the grouping so far
+    attempt = grouping = changes = 0  # ``changes`` of the grouping so far
     for segment in segments:
         if segment.attempt != attempt:
             while lines and next(reversed(lines)) > segment.step:
@@ -431,7 +431,7 @@ def _add(passes: _Passes, plan: Plan, order: Order, source: Indices, pass_: Indi
             if plan.weights:
                 places = order(key[1], np.arange(plan.epoch_size))
                 passes[key].due = np.bincount(places, minlength=plan.samples)
-            if older := passes.get((number, key[1] - 2)):  # steps come in order, so it has ended
+            if older := passes.get((number, key[1] - 2)):  # steps come in order, so this pass has ended
                 older.close()
         passes[key].add(index[rows])
 

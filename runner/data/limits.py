@@ -14,7 +14,7 @@ _UNLIMITED = 1 << 60  # bytes; version 1 of cgroups writes a number near 2^63 wh
 
 def cores(root: Path = _ROOT) -> float:
     """Cores for this process, by its affinity mask and the quotas of its cgroups; at least 0.1."""
-    count = getattr(os, "process_cpu_count", os.cpu_count)() or 1  # from Python 3.13 on
+    count = getattr(os, "process_cpu_count", os.cpu_count)() or 1  # the first is new in Python 3.13
     if hasattr(os, "sched_getaffinity"):
         count = min(count, len(os.sched_getaffinity(0)))
     quotas = [float(count)]
@@ -75,7 +75,7 @@ def _cache(group: Path) -> int:
 
 
 def _cgroups(root: Path) -> list[Path]:
-    """The folders of the control groups that this process is in, with their parents, of both versions."""
+    """The folders of this process's control groups and of their parents, in both versions of cgroups."""
     base, folders = root / "sys/fs/cgroup", []
     with suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():

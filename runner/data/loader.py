@@ -37,9 +37,9 @@ from runner.data.limits import Limits
 from runner.distributed.watchdog import write_stacks_on_request
 from runner.errors import DataError, RunnerError
 
-_END_SECONDS = 5.0  # for workers to finish their current batch
+_END_SECONDS = 5.0  # time for workers to finish their current batch
 _POLL_SECONDS = 1.0
-_EXIT_SECONDS = 5.0  # until a worker that has closed its pipe has an exit status
+_EXIT_SECONDS = 5.0  # time between the end of a worker's pipe and its exit status
 
 # torch's handler of SIGCHLD raises wherever the training process happens to be. A dead worker is noticed in time where
 # its batch is awaited.
@@ -89,7 +89,7 @@ class Loader:
                 multiprocessing_context=self._context,
                 worker_init_fn=start_worker,
                 pin_memory=options.pin_memory,
-                generator=torch.Generator().manual_seed(0),  # else opening it would draw from the global one
+                generator=torch.Generator().manual_seed(0),  # else opening would draw from the global generator
                 snapshot_every_n_steps=int(states),
             )
         if self._context:
@@ -149,7 +149,7 @@ class Loader:
 
 @dataclass(frozen=True, slots=True)
 class _InThisProcess:
-    """Map-style data without workers."""
+    """Loads map-style data without workers."""
 
     data: Any
     sampler: Any
@@ -172,7 +172,7 @@ class _StatefulLoader(StatefulDataLoader[Any]):  # type: ignore[misc]
 
 
 class _Iterator(_StatefulMultiProcessingDataLoaderIter):  # type: ignore[misc]
-    """Its wait for a worker is interrupted by signals, and ``WorkerContext`` ends its workers."""
+    """Signals interrupt its wait for a worker, and ``WorkerContext`` ends its workers."""
 
     def __init__(self, loader: _StatefulLoader, state: Any) -> None:
         self._context: Any = loader.multiprocessing_context
@@ -202,7 +202,7 @@ def without_noise() -> Iterator[None]:
     """Within the block, suppress warnings that a user cannot avoid."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 on torch 2.13
-        warnings.filterwarnings("ignore", "This DataLoader will create .* worker processes")  # repeated three times
+        warnings.filterwarnings("ignore", "This DataLoader will create .* worker processes")  # comes three times
         yield
 
 
@@ -213,7 +213,7 @@ def _identity(batch: Any) -> Any:
 class UnsentBatch(NamedTuple):
     """In place of a batch that a worker could not send."""
 
-    reason: str  # with the remedy
+    reason: str  # the error and its remedy
 
 
 class WorkerContext(BaseContext):
@@ -309,7 +309,7 @@ class _Queue(Queue):  # type: ignore[type-arg]
 def start_worker(number: int) -> None:
     """The first action of a data worker."""
     signals.ignore()  # the training process decides when to stop
-    write_stacks_on_request()  # of the watchdog of a stalled run
+    write_stacks_on_request()  # for the watchdog of a stalled run
     tqdm.set_lock(threading.RLock())  # a killed process would leave the lock that all processes share locked
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
 
@@ -333,7 +333,7 @@ def _replacement(error: Exception, message: Any) -> Any:
     reason = f"a data worker cannot send what it has read: {with_remedy(error)}"
     if isinstance(message, tuple) and len(message) == 2:
         request, answer = message
-        if hasattr(answer, "initial_state"):  # to the start, or to a new pass
+        if hasattr(answer, "initial_state"):  # the answer to the start, or to a new pass
             failure = ExceptionWrapper((DataError, DataError(reason), None))  # type: ignore[no-untyped-call]
             return request, replace(answer, initial_state=failure)
         if isinstance(answer, tuple) and len(answer) == 3 and not isinstance(answer[0], UnsentBatch):

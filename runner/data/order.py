@@ -33,7 +33,7 @@ Words = NDArray[np.uint64]
 Word = TypeVar("Word", int, Words)
 
 LARGEST_SORTED = 1 << 16  # samples; the permutation of a larger epoch is never held in memory
-_ROUNDS = 6  # of the Feistel network; four make a strong pseudorandom permutation (Luby and Rackoff 1988)
+_ROUNDS = 6  # Feistel rounds; four make a strong pseudorandom permutation (Luby and Rackoff 1988)
 POOL_SAMPLES = 4096  # samples that are sorted by length together
 
 
@@ -47,7 +47,7 @@ class Order(ABC):
         """Sample indices of shape [k] for places of shape [k]."""
 
     def source_passes(self, epoch: int, places: Indices) -> tuple[Indices, Indices]:
-        """The source of each place, and the pass over this source, both of shape [k]. Of a single source: its epoch."""
+        """The source of each place, and the pass over this source, both of shape [k]. With one source, the epoch."""
         return np.zeros_like(places), np.full_like(places, epoch)
 
 
@@ -167,7 +167,8 @@ class WindowOrder(Order):
     def _window(self, *key: int) -> Indices:
         _, stream, window = key
         size = self._interleaving.window
-        length = int(self._borders[stream + 1] - self._borders[stream]) - window * size  # the last one may be shorter
+        # The last window may be shorter.
+        length = int(self._borders[stream + 1] - self._borders[stream]) - window * size
         return self._windows.get(key, lambda: permutation(min(size, length), "window", self._seed, *key))
 
 

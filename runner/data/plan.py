@@ -66,7 +66,7 @@ class Plan:
     sources: tuple[Source, ...] = ()
     max_tokens: int | None = None
     lengths: tuple[int, ...] = ()
-    weights: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # by the first epoch in which they hold
+    weights: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # first epoch -> weights from there on
     world: World = field(default=World())
 
     def __post_init__(self) -> None:
@@ -106,7 +106,7 @@ class Plan:
 
     @property
     def guarantee(self) -> str:
-        """The promise for the samples of an epoch, for the log."""
+        """The promise about the samples of an epoch, for the log."""
         tokens = f" and {self.max_tokens} tokens per micro-batch" if self.max_tokens is not None else ""
         step = f"{self.samples} samples, {'up to ' if tokens else ''}{self.batch_size} per step{tokens}"
         if self.tail == "drop" and not self.weights:
@@ -179,7 +179,7 @@ class Plan:
         sources = recipe.get("sources", ())
         values["weights"] = {int(epoch): _unpack(text) for epoch, text in dict(recipe.get("weights", ())).items()}
         values["sources"] = tuple(Source(s["samples"], s["share"], _unpack(s.get("shards"))) for s in sources)
-        streams = values.pop("streams", None)  # the name of the configuration
+        streams = values.pop("streams", None)  # its name in the configuration
         values["interleaving"] = Interleaving(**streams) if streams is not None else None
         return cls(**values)
 

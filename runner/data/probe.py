@@ -51,8 +51,8 @@ def check_samples(
     if not options.num_workers:
         findings = request(fetcher)
     elif multiprocessing.get_context(options.start_method).get_start_method() != "fork":
-        duplicate = copy(fetcher)  # with the data set as workers get it
-        with suppress(Exception):  # if it cannot be pickled, the start of the workers will fail
+        duplicate = copy(fetcher)  # gets the data set as workers do
+        with suppress(Exception):  # if it cannot be pickled, the start of workers will report it
             duplicate.samples = pickle.loads(pickle.dumps(fetcher.samples))
         findings = request(duplicate)
     else:
@@ -80,11 +80,11 @@ def _findings(fetcher: Fetcher, *, audit: bool) -> Findings | RunnerError:
 
 
 def _can_read_by_batch(fetcher: Fetcher) -> bool:
-    """Whether the data set has ``__getitems__``, its samples draw nothing, and they are the same from it."""
+    """Whether the data set has ``__getitems__``, which returns the same samples, and its samples draw nothing."""
     read = getattr(fetcher.samples, "__getitems__", None)
     if not callable(read) or fetcher.generators:
         return False
-    with sandboxed(draws=True), signals.reading(), suppress(Exception):  # training reads one by one then
+    with sandboxed(draws=True), signals.reading(), suppress(Exception):  # then training reads one by one
         rows = [*read([*probe_indices(len(fetcher.samples))])]
         same = [*map(content_digest, rows)] == sample_digests(fetcher)
         return same and not changed_generators()

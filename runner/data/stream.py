@@ -25,13 +25,13 @@ from runner.errors import DataError, printable
 
 log = logging.getLogger("runner")
 
-_MAX_LOGGED = 20  # bad records; the others are only counted
+_MAX_LOGGED = 20  # bad records that are logged; more are only counted
 
 
 class StepSamples(NamedTuple):
     """The samples of a step."""
 
-    digest: int  # 64 bits, which add up over processes
+    digest: int  # 64 bits; the digests of processes add up
     substitutions: str = ""  # in the format of the ledger
 
 
@@ -50,7 +50,7 @@ class TrainingStream(ABC):
 
     consumed = epochs_before = substituted = 0
     waited = 0.0
-    positions = range(0)  # of the micro-batch that ``step`` yielded last
+    positions = range(0)  # positions of the micro-batch that ``step`` yielded last
 
     def __init__(self, loading: LoaderOptions, device: torch.device) -> None:
         self._loading = loading
@@ -75,7 +75,7 @@ class TrainingStream(ABC):
     @property
     @abstractmethod
     def guarantee(self) -> str:
-        """What is promised for the samples, for the log."""
+        """The promise about the samples, for the log."""
 
     @property
     @abstractmethod
@@ -96,7 +96,7 @@ class TrainingStream(ABC):
 
     @abstractmethod
     def advance(self, whole: StepSamples | None = None) -> None:
-        """End a step, with the samples ``whole`` of all processes. Raises DataError if it did not take all of them."""
+        """End a step with the samples ``whole`` of all processes. Raises DataError if the task did not take all."""
 
     @abstractmethod
     def ledger_line(self, step: int) -> LedgerLine:
@@ -145,7 +145,7 @@ class MapStyleStream(TrainingStream):
         return self.plan.guarantee
 
     def repeat_substitutions(self, substitutions: Mapping[int, int]) -> None:
-        """Before ``open``: use the samples at these positions that an earlier attempt used (position -> index)."""
+        """Before ``open``: use the samples of an earlier attempt at these positions (position -> index)."""
         self._fetcher.substitutions = self._local_fetcher.substitutions = {**substitutions}
 
     def open(self) -> None:
@@ -317,7 +317,7 @@ class EvaluationData:
         self.fingerprint: dict[str, Any] = {"length": plan.samples, "samples": sketch}
 
     def head(self, batches: int) -> "EvaluationData":
-        """Only the first batches of each process, without listeners, and read by one worker of its own if by any."""
+        """Only the first batches of each process, without listeners; a single new worker reads them if workers do."""
         first = copy(self)
         first._slices, first._weights, first.batch_listeners = self._slices[:batches], self._weights[:batches], ()
         loading = replace(self._loading, num_workers=min(1, self._loading.num_workers))
@@ -374,7 +374,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
         items = {key: to_device(value, device) for key, value in batch.items()}
         if not isinstance(batch, MutableMapping) or type(batch) is dict:
             return items
-        other = copy(batch)  # of the same class, with its attributes
+        other = copy(batch)  # keeps the class and its attributes
         other.update(items)
         return other
     if is_dataclass(batch):

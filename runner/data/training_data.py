@@ -23,7 +23,7 @@ from runner.data.weights import integer_weights
 from runner.distributed.world import World, local_size
 from runner.errors import ConfigError, DataError
 
-Weights = Callable[[Any], Any]  # data set -> weights [samples], or by the first epoch in which they hold
+Weights = Callable[[Any], Any]  # data set -> weights [samples], or first epoch -> weights from there on
 
 log = logging.getLogger("runner")
 

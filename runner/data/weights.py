@@ -8,7 +8,7 @@ import numpy as np
 
 from runner.errors import DataError
 
-_TOTAL = 1 << 61  # of weights times samples: integers whose products with a place fit into 63 bits
+_TOTAL = 1 << 61  # sum of integer weights times samples, so that products with a place fit into 63 bits
 
 
 def balanced(samples: Any, *, labels: str = "targets") -> Any:

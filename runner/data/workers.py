@@ -40,10 +40,10 @@ _WAITING = 0.25  # share of reading on a core: with less, reading waits, and is 
 _MOST = 32  # workers, even on a large machine
 _WORTH = 0.05  # share of a step's time: a shorter wait does not matter
 _GAIN = 0.04  # share of a step's time: a smaller gain is not worth the memory of more workers
-_SEND_SECONDS = 0.5e-3, 1e-9  # of this process for a batch from a worker: per batch, and per byte
-_WORKER_BYTES = {"fork": 100e6, "spawn": 500e6, "forkserver": 500e6}  # for a worker without batches
-_MIN_STEPS = 4  # in a measurement
-_OUTLIER = 10  # times the median: a longer step includes an evaluation or a save
+_SEND_SECONDS = 0.5e-3, 1e-9  # that a batch from a worker costs this process, per batch and per byte
+_WORKER_BYTES = {"fork": 100e6, "spawn": 500e6, "forkserver": 500e6}  # memory of a worker without batches
+_MIN_STEPS = 4  # the fewest steps in a measurement
+_OUTLIER = 10  # a step longer than so many medians includes an evaluation or a save
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class WorkerChoice:
             self._tried, self._share, self._reading = {}, share, math.inf
         tried = self._tried
         tried[measured.workers] = min(measured.seconds, tried.get(measured.workers, math.inf))
-        self._reading = min(measured.reading, self._reading)  # it takes longer where workers crowd the cores
+        self._reading = min(measured.reading, self._reading)  # reading takes longer where workers crowd the cores
         shortest = min(tried.values())
         best = min(number for number, seconds in tried.items() if seconds <= shortest / (1 - _GAIN))
         wanted = self._wanted(measured)
@@ -123,8 +123,8 @@ class AdaptiveLoader:
     """Like ``Loader``: the batches of ``fetcher`` for the items of ``sampler``, read by ``local_fetcher`` in this
     process or by as many workers as ``WorkerChoice`` chooses. ``adapt`` is called between two steps.
 
-    If workers fail, say because a worker is killed, a line of the log tells why, and this
-    process reads on by itself. ``check`` gets a worker's answer to ``request``, and may raise DataError.
+    If workers fail, say because one is killed, a line of the log tells why, and this process reads on by itself.
+    ``check`` gets a worker's answer to ``request``, and may raise DataError.
     """
 
     def __init__(
@@ -147,9 +147,9 @@ class AdaptiveLoader:
         self._logged_number: int | None = None
         self._first_seconds, self._most_seconds = options.limits.seconds
         self._seconds = self._first_seconds
-        self._share = 1.0  # of reading on a core
+        self._share = 1.0  # share of reading on a core
         self._last_batch: Any = None
-        self._step_began = self._waited = self._all_waited = 0.0  # seconds waited: in this step, in all steps
+        self._step_began = self._waited = self._all_waited = 0.0  # waits: in this step, in all steps
         self._measure()
         self._open(0)
 
