@@ -176,7 +176,9 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def save(state: State, folder: Path) -> Sides:
-    snapshot = Staging().stage(Snapshot.of(1, state.parts))
+    staging = Staging()
+    staging.stage(Snapshot.of(1, state.parts))
+    snapshot = staging.snapshot
     target = folder / "save"
 
     def fresh(work: Callable[[], object]) -> Callable[[], float]:

@@ -31,7 +31,7 @@ from runner.checkpoint.checkpoint import Checkpoint, Reader, TensorBytes, parse
 from runner.checkpoint.encoding import encode
 from runner.checkpoint.manifest import CommitId, seal, unseal
 from runner.checkpoint.sharding import Cuts, LocalShard, WritePlan, cell_of, plan
-from runner.checkpoint.snapshot import Report, Snapshot, assemble, report
+from runner.checkpoint.snapshot import RankFiles, Snapshot, assemble, rank_files
 from runner.checkpoint.tensor_file import BLOCK, StoredFile
 from runner.storage.local import LocalLocation
 
@@ -118,7 +118,7 @@ def row(layout: Layout, ranks: int, tensors: int) -> list[str]:
     dealt = layout.deal(tensors, seat)
     planning, how = least(lambda: plan(dealt, {}).split(PART))
     snapshot = Snapshot(1000, {"model": encode(state(dealt), "model")[0]}, {}, plan=how)
-    mine = report(snapshot, how, [stored(how, number, cell) for number, cell in how.written.items()])
+    mine = rank_files(snapshot, how, [stored(how, number, cell) for number, cell in how.written.items()])
     reports = [*everybody(how, mine, ranks)]
     sealing, raw = least(lambda: seal(assemble(COMMIT, snapshot, how, reports)))
     opening, checkpoint = least(lambda: opened(raw, seat))
@@ -147,7 +147,7 @@ def state(dealt: dict[str, LocalShard]) -> dict[str, Any]:
     return {name.partition("/")[2]: one.local for name, one in dealt.items()}
 
 
-def everybody(how: WritePlan, mine: Report, ranks: int) -> Iterator[Report]:
+def everybody(how: WritePlan, mine: RankFiles, ranks: int) -> Iterator[RankFiles]:
     """The reports of all ranks; those of others are like this rank's, of other cells."""
     shares: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
     for number, group in enumerate(how.groups):

@@ -7,13 +7,13 @@ torch is imported only for a run that has something left to train.
 1. The handler, installed by ``signals.install``, stores the signal's name and starts a deadline of 10 s. A single
    process that waits for data between two steps stops waiting at once.
 2. ``Trainer.fit`` finishes its step. If the data of the step does not come before the deadline, the step is abandoned
-   in all processes and nothing is committed: the next attempt repeats the steps since the last checkpoint. An
+   in all processes and no further step is committed: the next attempt repeats the steps since the last checkpoint. An
    evaluation is abandoned, and repeated by the next attempt.
 3. All processes end the loop after the same step: ``Team.exchange`` sends the signal to the others with each step.
 4. ``SaveCheckpoint.on_end`` commits the state of that step. If the storage fails, it tries again for up to
    ``checkpoint.max_unsaved`` seconds.
-5. ``experiment.run`` raises ``Interrupted``; ``Callback.on_error`` closes the metric writers (at most 10 s for a
-   service), and ``Attempt.end`` records the outcome ``interrupted`` and releases the run.
+5. ``experiment._train`` raises ``Interrupted``. The data workers end, ``Callback.on_error`` closes the metric writers
+   (at most 10 s for a service), and ``Attempt.end`` records the outcome ``interrupted`` and releases the run.
 6. ``main`` below prints the error and exits with 75. A job of a sweep raises it instead, after
    ``signals.call_previous_handlers`` let the cluster queue the job again. ``__main__`` does not wait for threads of the
    user's code.
@@ -54,6 +54,7 @@ from runner.distributed import join_team
 from runner.distributed.communicator import Communicator, Team, on_all_ranks, on_rank_zero
 from runner.distributed.world import world
 from runner.errors import ConfigError, FinishedMeanwhile, Interrupted, RunnerError, printable, redacted
+from runner.plain import numbers_text
 from runner.run.directory import RunDirectory
 from runner.run.opening import RunSpec, must_wait, open_run, refuse_links
 from runner.run.parent import CheckpointRef, Parent
@@ -110,7 +111,7 @@ def main(config: DictConfig) -> float | None:
                 with suppress(OSError):  # the terminal was closed
                     print(error, file=sys.stderr)
             sys.exit(error.status)
-        if isinstance(error, Interrupted) and signals.VARIABLE in os.environ:
+        if isinstance(error, Interrupted) and signals.SWEEP_VARIABLE in os.environ:
             try:
                 signals.call_previous_handlers()
             except Exception as cause:  # not queued again by the cluster; the sweep starts the job again
@@ -139,7 +140,7 @@ def _run(config: DictConfig) -> float | None:
             _dry_run(config, team)
             return None
         spec = run_spec(config)
-        name, root = os.environ.get(signals.VARIABLE), open_location(spec.directory.root, spec.directory.options)
+        name, root = os.environ.get(signals.SWEEP_VARIABLE), open_location(spec.directory.root, spec.directory.options)
         notify(observers, "on_command", spec.directory)
         with signals.StopRequest(root, name).obey() if name else nullcontext():
             signals.raise_if_received("during start-up, nothing to commit")
@@ -192,16 +193,16 @@ def _temporary() -> str:
 
 def _run_to_completion(spec: RunSpec, config: DictConfig, team: Team, /) -> float | None:
     """Train until the run is finished, unless it is already; returns its objective."""
-    opened = _open_on_rank_zero(spec, team.comm)
-    result = opened.result
+    run = _open_on_rank_zero(spec, team.comm)
+    result = run.result
     if result is None:
         from runner import experiment
 
         try:
-            result = experiment.run(opened, config, team)  # type: ignore[arg-type]
+            result = experiment.run(run, config, team)  # type: ignore[arg-type]
         except FinishedMeanwhile:
             return _run_to_completion(spec, config, team)
-    _log_result(opened, result, curves=config.metrics.writers.get("tensorboard") is not None)
+    _log_result(run, result, curves=config.metrics.writers.get("tensorboard") is not None)
     objective: float | None = (result.get("objective") or {}).get("value")
     return objective
 
@@ -211,19 +212,19 @@ def _open_on_rank_zero(spec: RunSpec, comm: Communicator) -> RunSpec:
 
     While the command must wait for another process, all ranks look again together, so that none runs into a timeout.
     """
-    opened: list[RunSpec] = []
+    runs: list[RunSpec] = []  # on rank 0
 
     def open_unless_in_use() -> dict[str, Any] | None:
         if must_wait(spec.directory, spec.on_conflict):
             signals.raise_if_received("while waiting for the run")
             return None
-        opened.append(open_run(spec))
-        return {"variant": opened[0].directory.variant, "result": opened[0].result}
+        runs.append(open_run(spec))
+        return {"variant": runs[0].directory.variant, "result": runs[0].result}
 
     while (state := on_rank_zero(comm, open_unless_in_use)) is None:
         time.sleep(_POLL_SECONDS)
-    if opened:
-        return opened[0]
+    if runs:
+        return runs[0]
     own = spec.directory
     directory = RunDirectory.under(own.root, own.experiment, state["variant"], own.options)
     parent = spec.parent if directory.variant == own.variant else Parent.forked(own)
@@ -231,8 +232,8 @@ def _open_on_rank_zero(spec: RunSpec, comm: Communicator) -> RunSpec:
 
 
 def _log_result(spec: RunSpec, result: dict[str, Any], *, curves: bool) -> None:
-    metrics = "".join(f", {name} {value:.4g}" for name, value in result["metrics"].items() if value is not None)
-    log.info("finished step %d (%s)%s", result["step"], result.get("reason"), metrics)
+    metrics = numbers_text(result["metrics"])
+    log.info("finished step %d (%s)%s", result["step"], result.get("reason"), metrics and f", {metrics}")
     objective = result.get("objective")
     if objective and objective.get("value") is not None:
         log.info("best     %s %.4g at step %s", objective.get("metric"), objective["value"], objective.get("step"))

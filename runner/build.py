@@ -72,7 +72,7 @@ class Parts:
     recipe: dict[str, Any]  # from which the ledger can reconstruct the order of the samples
     evaluator: Evaluator
     reference: nn.Module | None  # the model as it was built, for a task that needs a reference
-    callbacks: dict[str, Callback]  # the user's, by the names that the configuration gives them
+    own_callbacks: dict[str, Callback]  # the user's, by the names that the configuration gives them
 
 
 def build(config: Config, device: torch.device, team: Team) -> Parts:
@@ -122,14 +122,12 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
         task=task if isinstance(task, Stateful) else None,
         stream=stream,
         progress=Progress(),
-        schedule=interval,
+        scheduler_interval=interval,
     )
-    state.built = Structure({"model": model, **state.parts()}, optimizer, partial(_model, config.model))
+    state.structure = Structure({"model": model, **state.parts()}, optimizer, partial(_model, config.model))
     recipe = {"kind": "opaque"} if plan is None else plan.recipe()
-    metric = config.objective.metric
-    evaluator = Evaluator(
-        task, update.autocast, parallelism, team, config.seed, metric, *sets, config.runtime.check_batches
-    )
+    place = (task, update.autocast, parallelism, team, config.seed)
+    evaluator = Evaluator(*place, config.objective.metric, *sets, config.runtime.check_batches)
     own = {str(name): instance(node, f"callbacks.{name}", kind=Callback) for name, node in config.callbacks.items()}
     return Parts(state, task, update, parallelism, plan, recipe, evaluator, reference, own)
 
@@ -200,8 +198,7 @@ def _parallelism(
     """Replicate or shard the model over the processes. Raises ConfigError for settings that contradict each other."""
     if world.size == 1:
         if config.runtime.parallel is not Parallel.auto or config.runtime.shard is not None:
-            hint = "start them with torchrun"
-            log.warning("alone    runtime.parallel and runtime.shard are for several processes: %s", hint)
+            log.warning("alone    runtime.parallel and runtime.shard need several processes, which torchrun starts")
         return Parallelism()
     assert plan is not None, "iterable data was refused"
     runtime = config.runtime
@@ -211,12 +208,10 @@ def _parallelism(
         # Weights, gradients and two moments would need more than half of the device's memory.
         size = sum(parameter.numel() * parameter.element_size() for parameter in models[0].parameters())
         sharded = 4 * size > torch.cuda.get_device_properties(device).total_memory / 2
+    from runner.distributed.parallel import Replicated, Sharded
+
     if not sharded:
-        from runner.distributed.parallel import Replicated
-
         return Replicated(models, micro_batches=micro_batches)
-    from runner.distributed.parallel import Sharded
-
     shard = runtime.shard or world.size
     if world.size % shard:
         raise ConfigError(f"runtime.shard={shard} does not divide the {world.size} processes into equal replicas")
@@ -235,7 +230,7 @@ def make_callbacks(
     team: Team,
 ) -> dict[str, Callback]:
     """All callbacks of an attempt in the order in which they run, by the names under which a checkpoint holds their
-    state. All processes have the same callbacks with state; those that write records exist on rank 0, as ``attempt``.
+    state. All processes have the same callbacks with state; only rank 0 has those that write records.
     """
     location, writers = spec.directory.location, MetricWriters()
     guard, evaluation = FiniteLoss(), _evaluation_callbacks(config, parts)
@@ -246,7 +241,7 @@ def make_callbacks(
         callbacks["ledger"] = KeepLedger(ledger, parts.task)
     if config.trainer.on_nonfinite is OnNonfinite.stop:
         callbacks["finite_loss"] = guard
-    callbacks |= evaluation | {f"own.{name}": own for name, own in parts.callbacks.items()}
+    callbacks |= evaluation | {f"own.{name}": own for name, own in parts.own_callbacks.items()}
     callbacks |= {"last": LastEvaluation([*evaluation.values()]), **configured}
     best: Any = evaluation.get("best")
     callbacks["report"] = Report(every_steps=config.metrics.every_steps, writers=writers, best=best, team=team)
@@ -304,21 +299,20 @@ def instance(node: Any, key: str, *arguments: Any, kind: type = object, **option
         example = f"as in {key.rpartition('.')[2]}: {{_target_: my_module.MyClass}}"
         raise ConfigError(f"{key} needs a _target_: the dotted path of the class or function that makes it, {example}")
     try:
-        built = instantiate(
-            node, *arguments, **{"_convert_": node.get("_convert_", "all"), **options}
-        )  # plain lists and dicts
+        options["_convert_"] = node.get("_convert_", "all")  # to plain lists and dicts
+        thing = instantiate(node, *arguments, **options)
     except InstantiationException as error:
         if isinstance(error.__cause__, RunnerError):
             raise error.__cause__ from None
         raise ConfigError(_instantiation_error(node, key, error)) from error
-    if not isinstance(built, kind):
-        raise ConfigError(f"{key} is a {_path(type(built))}; expected an object of a subclass of {_path(kind)}")
-    notify(observers, "on_instance", key, built)
-    return built
+    if not isinstance(thing, kind):
+        raise ConfigError(f"{key} is a {_path(type(thing))}; expected an object of a subclass of {_path(kind)}")
+    notify(observers, "on_instance", key, thing)
+    return thing
 
 
 def _collate(node: Any, key: str) -> Any:
-    """A function of the samples, or an object that is called with them, as collators of transformers are; or None."""
+    """What makes a batch of samples: a function, or an object with ``__call__``, as in transformers; None for null."""
     maker = None if node is None else instance(node, key, _partial_=True)
     kind = getattr(maker, "func", None)
     return instance(node, key) if any("__call__" in vars(base) for base in getattr(kind, "__mro__", ())) else maker
@@ -360,8 +354,8 @@ def _not_averaged(config: Config, model: nn.Module) -> list[str]:
     if (patterns := config.trainer.ema_params) is None:
         return []
     names = [name for name, _ in model.named_parameters()]
-    averaged = {*matching(names, patterns, "trainer.ema_params")}
-    return [name for name in names if name not in averaged]
+    matches = {*matching(names, patterns, "trainer.ema_params")}
+    return [name for name in names if name not in matches]
 
 
 def _construct(maker: Any, argument: Any, key: str) -> Any:
@@ -484,7 +478,7 @@ def _instantiation_error(node: DictConfig, key: str, error: InstantiationExcepti
 
 
 def _hint(message: str, key: str) -> str:
-    """The remedy where a key of an option, over which Hydra lays the experiment's own, does not fit."""
+    """The remedy for an argument that may come from an option, with which Hydra merges the experiment's own keys."""
     if "unexpected keyword argument" not in message:
         return ""
     if "." in key:

@@ -20,12 +20,15 @@ class RunnerError(Exception):
 
     status = 1
     kind = "other"
-    agreed = False  # whether all processes of the run raise it at the same place
 
-    def __init__(self, *arguments: object, kind: str | None = None) -> None:
+    def __init__(self, *arguments: object, kind: str | None = None, agreed: bool = False) -> None:
+        """``agreed``: all processes of the run raise it at the same place."""
         super().__init__(*(redacted(each) if isinstance(each, str) else each for each in arguments))
-        if kind is not None:
-            self.kind = kind
+        self.kind, self.agreed = kind or self.kind, agreed
+
+    def extend(self, text: str) -> None:
+        """Add lines to the message."""
+        self.args = (f"{super().__str__()}\n{redacted(text)}",)
 
     def __str__(self) -> str:
         return printable(super().__str__())  # it may quote the content of a run directory
@@ -97,12 +100,12 @@ class EvaluationFailed(RunnerError):
     """An evaluation raised an error, and the state is that before it: fix the task, and run the same command again."""
 
     @classmethod
-    def of(cls, cause: Exception) -> "EvaluationFailed":
+    def of(cls, cause: Exception, *, agreed: bool = False) -> "EvaluationFailed":
         """For an error of the user's code, with its traceback; or for another error of the runner."""
         text, status = f"\n{''.join(traceback.format_exception(cause)).rstrip()}", cls.status
         if isinstance(cause, RunnerError):
             text, status = f" {cause}", cause.status
-        error = cls(f"the evaluation failed:{text}", kind=kind_of(cause))
+        error = cls(f"the evaluation failed:{text}", kind=kind_of(cause), agreed=agreed)
         error.status = status
         return error
 

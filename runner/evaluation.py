@@ -71,13 +71,13 @@ def evaluate(
     evaluation that has changed weights cannot be undone: after a signal it is finished first, and its own error is
     raised as it is. Nor can a failure of ``evaluation_step`` with FSDP, since other processes may wait for its slices.
     """
-    before = _StateBefore([*dict.fromkeys([model, trained or model])], task)
+    backup = _Backup([*dict.fromkeys([model, trained or model])], task)
     report: dict[str, float | str] = {}
     try:
         for name, data in sets.items():
             seed = derive(name, key) if len(sets) > 1 else key
             with evaluation_mode(model), temporary_seed(seed), torch.no_grad(), autocast():
-                values = _report(task, model, data, team, before, seed)
+                values = _report(task, model, data, team, backup, seed)
             report |= {f"{name}/{each}": value for each, value in values.items()}
         if metric is not None:
             _in_all(team, lambda: objective(report, metric))
@@ -85,24 +85,22 @@ def evaluate(
         raise
     except (signals.Stopped, Exception) as error:
         agreed = getattr(error, "agreed", False)
-        if (team.world.size > 1 and not agreed) or not before.restore(team):
+        if (team.world.size > 1 and not agreed) or not backup.restore(team):
             raise
         if not isinstance(error, Exception):
             raise EvaluationInterrupted from error
-        failure = error if isinstance(error, EvaluationFailed) else EvaluationFailed.of(error)
-        failure.agreed = agreed
-        raise failure from error
-    if changed is not None and (names := before.changes() - changed):
+        raise error if isinstance(error, EvaluationFailed) else EvaluationFailed.of(error, agreed=agreed) from error
+    if changed is not None and (names := backup.changes() - changed):
         changed |= names
         log.warning(_SIDE_EFFECT, printable(shorten(", ".join(sorted(names)), 200)), type(task).__name__)
     return report
 
 
 def _report(
-    task: Task, model: nn.Module, data: EvaluationData, team: Team, before: "_StateBefore", seed: int
+    task: Task, model: nn.Module, data: EvaluationData, team: Team, backup: "_Backup", seed: int
 ) -> Mapping[str, float | str]:
     name = type(task).__name__
-    metrics = _aggregate(task, model, data, team, before)
+    metrics = _aggregate(task, model, data, team, backup)
     if team.world.size > 1:  # the batches of the processes may have drawn different random numbers
         seed_all(seed)
     report = _in_all(team, lambda: _checked_report(task.evaluation_end(model, metrics), task))
@@ -159,9 +157,7 @@ def same_for_all(report: Mapping[str, float | str], team: Team, source: str, rem
     texts = [{name: json.dumps(value) for name, value in each.items()} for each in reports]
     name = min(name for each in texts for name in each if any(other.get(name) != each[name] for other in texts))
     values = ", ".join(f"{each.get(name, 'nothing')} on rank {rank}" for rank, each in enumerate(reports))
-    error = TaskError(f"{source} reports {name!r} as {values}. {remedy}")
-    error.agreed = True
-    raise error
+    raise TaskError(f"{source} reports {name!r} as {values}. {remedy}", agreed=True)
 
 
 class _Totals:
@@ -184,12 +180,10 @@ class _Totals:
 
 
 @doing("evaluates")
-def _aggregate(
-    task: Task, model: nn.Module, data: EvaluationData, team: Team, before: "_StateBefore"
-) -> dict[str, Any]:
+def _aggregate(task: Task, model: nn.Module, data: EvaluationData, team: Team, backup: "_Backup") -> dict[str, Any]:
     """Of each metric the mean over all samples of all processes, or all rows in the order of the samples."""
     totals = _Totals()
-    polls = _interruption_points(len(data) + 1, team, before)  # the last one before the end of the data is seen
+    polls = _interruption_points(len(data) + 1, team, backup)  # the last one before the end of the data is seen
     measure = partial(_measure, totals, polls, task, model, data)
     if any(map(is_distributed, model.parameters())):
         measure()
@@ -202,14 +196,14 @@ def _aggregate(
     return means | _join_rows(totals.rows, team, f"{type(task).__name__}.evaluation_step")
 
 
-def _interruption_points(number: int, team: Team, before: "_StateBefore") -> Iterator[bool]:
+def _interruption_points(number: int, team: Team, backup: "_Backup") -> Iterator[bool]:
     """Exchange signals with the other processes ``number`` times. Yields whether a signal may interrupt a wait for
     data: where a single process can return to the state before.
     """
     for _ in range(number):
-        if team.poll() and before.restore(team):
+        if team.poll() and backup.restore(team):
             raise EvaluationInterrupted
-        yield team.world.size == 1 and not before.irreversible
+        yield team.world.size == 1 and not backup.irreversible
 
 
 def _measure(totals: _Totals, polls: Iterator[bool], task: Task, model: nn.Module, data: EvaluationData) -> None:
@@ -217,7 +211,7 @@ def _measure(totals: _Totals, polls: Iterator[bool], task: Task, model: nn.Modul
     step = f"{type(task).__name__}.{_step_of(task)}"
     batches = iter(data)
     for at_once in polls:
-        with signals.interrupt_reads(at_once):
+        with signals.stop_reads(at_once=at_once):
             if (item := next(batches, None)) is None:
                 break
         count, batch = item
@@ -226,10 +220,10 @@ def _measure(totals: _Totals, polls: Iterator[bool], task: Task, model: nn.Modul
             task = copy_of(task, [model, *_weights_of(task, model)]) or task
         totals.add(count, check_metrics(task.evaluation_step(model, batch), step, training=False))
         if task is not own:
-            _take_types(own, task)
+            _type_empty_lists(own, task)
 
 
-def _take_types(task: Task, copy: Task) -> None:
+def _type_empty_lists(task: Task, copy: Task) -> None:
     """Give empty lists in metrics of torchmetrics an empty tensor of the type that ``copy`` has there: it takes the
     list of a process without a batch for floats, whatever the others send.
     """
@@ -249,15 +243,15 @@ def _join_rows(rows: list[dict[str, Tensor]], team: Team, step: str) -> dict[str
         return {}
     rounds = zip_longest(*team.all_gather(rows), fillvalue={})
     batches: list[dict[str, Tensor]] = [batch for each in rounds for batch in each]
-    joined = {}
+    columns = {}
     for name in names:
         tensors = [batch[name] for batch in batches if name in batch]
         if len({(tensor.shape[1:], tensor.dtype) for tensor in tensors}) > 1:
             kinds = sorted({f"[*, {', '.join(map(str, each.shape[1:]))}] {each.dtype}" for each in tensors})
             remedy = "Give the rows of all batches one shape and dtype, for example by padding"
             raise TaskError(f"{step} returned {name!r} as {' and '.join(kinds)} in different batches. {remedy}")
-        joined[name] = torch.cat(tensors)
-    return joined
+        columns[name] = torch.cat(tensors)
+    return columns
 
 
 def copy_of(thing: T, shared: Iterable[object]) -> T | None:
@@ -275,11 +269,11 @@ def without_trace(task: Task, models: Sequence[nn.Module], team: Team) -> Iterat
 
     Raises TaskError if weights that were not copied have changed, or were replaced.
     """
-    before = _StateBefore(models)
+    backup = _Backup(models)
     sharded = [model for model in models if any(map(is_distributed, model.parameters()))]
     frozen = [weight for weight in _weights_of(task, *models) if not weight.requires_grad]
     yield copy_of((task, [*models]), [*frozen, *sharded])
-    if not before.restore(team):
+    if not backup.restore(team):
         raise TaskError("an evaluation before the first step changed or replaced weights, which cannot be undone")
 
 
@@ -288,9 +282,9 @@ def _weights_of(task: Task, *models: nn.Module) -> Iterator[nn.Parameter]:
         yield from module.parameters()
 
 
-class _StateBefore:
-    """The state that an evaluation may change, as it was before: buffers and extra states of the models, and the task's
-    state. Weights are not copied, only summed up: an evaluation that changes them (such as one that swaps in other
+class _Backup:
+    """What an evaluation may change, as it was before: buffers and extra states of the models, and the task's state.
+    Weights are not copied, only summed up: an evaluation that changes them (such as one that swaps in other
     weights for a while) is ``irreversible`` until it ends.
     """
 
@@ -385,18 +379,18 @@ def _checked_report(report: Any, task: Task) -> Mapping[str, float | str]:
     example = "expected a dict of numbers and texts, as in {**metrics, 'perplexity': math.exp(metrics['loss'])}"
     if not isinstance(report, Mapping):
         raise TaskError(f"{owner}.evaluation_end returned a {type(report).__name__}; {example}")
-    checked = {}
+    values = {}
     for name, value in report.items():
         if getattr(value, "shape", None) is not None and math.prod(value.shape) == 1:
             value = value.item()
         if isinstance(value, int | float | str):
-            checked[name] = value
+            values[name] = value
         elif type(task).evaluation_end is Task.evaluation_end:
             remedy = "return a mean in its place, or make a number of all rows in evaluation_end"
             raise TaskError(f"{owner}.{_step_of(task)} returned {name!r} with a row for each sample; {remedy}")
         else:
             raise TaskError(f"{owner}.evaluation_end returned {name!r} as a {type_text(value)}; {example}")
-    return checked
+    return values
 
 
 def _step_of(task: Task) -> str:
@@ -417,7 +411,7 @@ def train_mode(model: nn.Module) -> None:
             frozen = [weight.requires_grad for weight in child.parameters()]
             if not child.training and (single or (frozen and not any(frozen))):
                 evaluating |= {inner for inner in child.modules() if not inner.training}
-    switched = {name for name, part in model.named_modules() if not part.training and part not in evaluating}
+    names = {name for name, part in model.named_modules() if not part.training and part not in evaluating}
     try:
         model.train()
     except NotImplementedError as error:
@@ -425,6 +419,6 @@ def train_mode(model: nn.Module) -> None:
         raise ConfigError(f"model cannot be put into training mode: {error} {remedy}") from error
     for part in evaluating:
         part.training = False
-    outer = [name for name in switched if name.rpartition(".")[0] not in switched - {name}]
-    if switched:
+    outer = [name for name in names if name.rpartition(".")[0] not in names - {name}]
+    if names:
         log.info("model    %s came in evaluation mode, and trains now", ", ".join(sorted(outer)) or "it")

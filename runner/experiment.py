@@ -1,6 +1,6 @@
 """One attempt at a run.
 
-claim the attempt -> build -> newest good checkpoint -> load, generators last -> train -> export -> result
+claim the run -> build its parts -> restore the newest undamaged checkpoint -> train -> export weights -> write result
 """
 
 import copy
@@ -15,7 +15,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from textwrap import indent
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from torch import Tensor
 
@@ -23,7 +23,7 @@ import runner
 from runner import signals
 from runner.activity import doing
 from runner.build import Parts, build, make_callbacks, make_observers, open_writers, training_steps
-from runner.callbacks.base import Callback, Loop, TrainingSetup, notify, observers, overriding
+from runner.callbacks.base import Callback, Loop, TrainingSetup, methods_for, notify, observers
 from runner.callbacks.evaluate import Best, Evaluate
 from runner.checkpoint.manifest import commits
 from runner.checkpoint.tensor_file import Damaged, SafetensorsFile
@@ -36,7 +36,8 @@ from runner.distributed.communicator import Communicator, Team, on_rank_zero
 from runner.errors import DriftRefused, Interrupted, NonFiniteError, RunnerError, StorageError, Superseded, printable
 from runner.hashing import sha256_hasher
 from runner.metrics import tensorboard
-from runner.optimizers import saved_name, table
+from runner.optimizers import parameter_counts, saved_name, table
+from runner.plain import numbers_text
 from runner.restore import Resumed, evaluated_weights, load_reference, read_step, resolve, restore
 from runner.run import attempts, code
 from runner.run.attempts import Attempt, AttemptRecord
@@ -55,37 +56,37 @@ _POLL_SECONDS = 0.5  # while waiting for the next try
 def run(spec: RunSpec, config: Config, team: Team) -> dict[str, Any]:
     """Start the run, or resume it, and train until it is finished; returns its result.
 
-    All processes of the team do this together; only rank 0 writes records. Raises Interrupted after a stop signal
-    (see there) and RunInUse while another process works on the run.
+    All processes of the team do this together; only rank 0 writes records. Raises Interrupted after a stop signal,
+    and RunInUse while another process works on the run.
     """
-    config = copy.deepcopy(config)  # to instantiate resolves nodes in place, and Hydra hands it back to the launcher
+    config = copy.deepcopy(config)  # instantiation resolves nodes in place, and Hydra gives this one to the launcher
     device = set_up_device(config, team.world)
     team.begin(device)
     here = topology(config, device, team.world.size)
-    claimed = _claim(spec, team, {"overrides": spec.overrides, "topology": here})
-    callbacks: dict[str, Callback] = {}
-    with claimed as (number, attempt), team.blame_peer(), _reporting_errors(callbacks) as stack:
+    claim = _claim(spec, team, {"overrides": spec.overrides, "topology": here})
+    callbacks: dict[str, Callback] = {}  # those that an error is reported to, at any time
+    with claim as (number, attempt), team.blame_peer(), _reporting_errors(callbacks) as stack:
         configured = make_observers(config)
         callbacks.update(configured)
         notify(configured.values(), "on_command", spec.directory)
-        with signals.interrupt_reads(team.world.size == 1):
+        with signals.stop_reads(at_once=team.world.size == 1):
             parts = build(config, device, team)
         stack.callback(parts.state.stream.close)
         stack.callback(parts.evaluator.close)
         ordered = make_callbacks(config, parts, spec, configured, number, attempt, team)
         callbacks.clear()
         callbacks.update(ordered)
-        setup = _set_up(config, parts, callbacks, spec, number)
+        setup = _training_setup(config, parts, callbacks, spec, number)
         stateful = {name: call for name, call in callbacks.items() if isinstance(call, Stateful)}
         parts.state.stateful_callbacks = {name: call for name, call in stateful.items() if name not in configured}
 
         on_rank_zero(team.comm, partial(_record_code, spec, config.run.on_code_change, attempt))
         resumed = _resume(spec, config, parts, setup, team)
-        calls = _connect(callbacks, parts)
+        calls = _register_listeners(callbacks, parts)
         notify(calls, "on_resume", parts.state)
         if attempt is not None:
             open_writers(spec, setup, resumed.step, resumed.facts)
-            attempt.beat(step=resumed.step, resumed=str(resumed.commit or ""), unusable=[*resumed.unusable])
+            attempt.beat(step=resumed.step, resumed=str(resumed.commit or ""), unusable=[*resumed.damage])
             _log_start(spec, parts, resumed, number, here)
         signals.raise_if_received("during start-up, nothing to commit")
 
@@ -97,28 +98,29 @@ def run(spec: RunSpec, config: Config, team: Team) -> dict[str, Any]:
         return result
 
 
-def _set_up(config: Config, parts: Parts, callbacks: dict[str, Callback], spec: RunSpec, number: int) -> TrainingSetup:
+def _training_setup(
+    config: Config, parts: Parts, callbacks: dict[str, Callback], spec: RunSpec, number: int
+) -> TrainingSetup:
     """The parts of the attempt and its limits, as ``on_build`` of observers and callbacks leaves them."""
-    trainer, saver = config.trainer, callbacks["checkpoint"]
+    trainer, saver = config.trainer, cast("Any", callbacks["checkpoint"])
     limits = (training_steps(trainer, parts.plan), trainer.max_epochs, trainer.max_seconds)
     writers = {name: node for name, node in config.metrics.writers.items() if node is not None}
-    store: Any = saver.store  # type: ignore[attr-defined]
-    setup = TrainingSetup(parts.state, callbacks, store, *limits, writers, spec.directory.local, number)
+    setup = TrainingSetup(parts.state, callbacks, saver.store, *limits, writers, spec.directory.local, number)
     notify([*observers, *callbacks.values()], "on_build", setup)
     return setup
 
 
-def _connect(callbacks: Mapping[str, Callback], parts: Parts) -> list[Callback]:
+def _register_listeners(callbacks: Mapping[str, Callback], parts: Parts) -> list[Callback]:
     """Register ``on_save``, ``on_commit``, ``on_evaluation`` and ``on_gradients`` with the objects that call them;
     returns all callbacks and observers in order.
     """
-    saver: Any = callbacks["checkpoint"]
+    saver: Any = callbacks["checkpoint"]  # the last, also after the observers: a committed step was shown to all
     calls = [*(each for each in callbacks.values() if each is not saver), *observers, saver]
-    saver.save_listeners = overriding(calls, "on_save")
-    saver.commit_listeners = overriding(calls, "on_commit")
+    saver.save_listeners = methods_for(calls, "on_save")
+    saver.commit_listeners = methods_for(calls, "on_commit")
     if isinstance(evaluate := callbacks.get("evaluate"), Evaluate):
-        evaluate.listeners = overriding(calls, "on_evaluation")
-    parts.update.gradient_listeners = [partial(call, parts.state) for call in overriding(calls, "on_gradients")]
+        evaluate.listeners = methods_for(calls, "on_evaluation")
+    parts.update.gradient_listeners = [partial(call, parts.state) for call in methods_for(calls, "on_gradients")]
     return calls
 
 
@@ -133,22 +135,19 @@ def _train(
     elapsed = resumed.facts.get("elapsed", 0.0)
     try:
         with closing(saver):
-            loop = trainer.fit(parts.state, elapsed=elapsed, stopped=resumed.stopped(spec.identity))
+            loop = trainer.fit(parts.state, elapsed=elapsed, earlier_stop=resumed.final_stop(spec.identity))
     except NonFiniteError as error:
         if spec.identity["trainer"]["on_nonfinite"] == "stop":
             command = f"{spec.command} trainer.on_nonfinite=skip run.on_drift=accept"
-            error.args = (f"{error}\nTo continue from the last checkpoint and skip such steps:\n  {command}",)
+            error.extend(f"To continue from the last checkpoint and skip such steps:\n  {command}")
         raise
     if (failure := loop.failure) is not None:
-        remedy = "correct the code and run the same command again, which repeats the evaluation and continues"
-        failure.args = (f"{failure}\nStep {loop.step} is committed as it was before the evaluation: {remedy}",)
+        remedy = "Correct the code and run the same command again: it repeats the evaluation and continues"
+        failure.extend(f"Step {loop.step} is committed without the evaluation. {remedy}")
         raise failure
     if loop.evaluation_due or loop.stop in signals.NAMES:  # also in the evaluation after the last step
-        interruption = Interrupted(
-            f"{team.stop}: stopped after step {loop.step}, which is committed; run the same command again to continue"
-        )
-        interruption.agreed = True
-        raise interruption
+        where = f"stopped after step {loop.step}, which is committed"
+        raise Interrupted(f"{team.stop}: {where}; run the same command again to continue", agreed=True)
     if 0 < loop.step <= parts.update.consecutive_skips:
         raise NonFiniteError("all steps were skipped, because their loss or gradients were NaN or infinite")
     return loop
@@ -171,7 +170,7 @@ def _reporting_errors(callbacks: Mapping[str, Callback]) -> Iterator[ExitStack]:
         except SystemExit as error:
             raise RuntimeError(f"sys.exit({error.code!r}) was called in the run") from error
     except Exception as error:
-        for call in overriding([*callbacks.values(), *observers], "on_error"):
+        for call in methods_for([*callbacks.values(), *observers], "on_error"):
             try:
                 call(error)
             except (Exception, SystemExit):  # the cause matters more
@@ -206,7 +205,7 @@ def _claim(spec: RunSpec, team: Team, facts: dict[str, Any]) -> Iterator[tuple[i
     Records how the attempt ended, unless the process is killed.
     """
     signals.raise_if_received("during start-up, nothing to commit")
-    claimed: list[Attempt] = []
+    own: list[Attempt] = []  # on rank 0
 
     def claim() -> int:
         # The number must also be above those of commits, because somebody may have removed attempts/ by hand.
@@ -216,14 +215,14 @@ def _claim(spec: RunSpec, team: Team, facts: dict[str, Any]) -> Iterator[tuple[i
         if spec.parent is not None and spec.directory.record() is None:
             parent = asdict(resolve(spec.parent))
         attempt = claim_run(spec, facts | {"version": runner.__version__}, above=above, parent=parent)
-        claimed.append(attempt)
+        own.append(attempt)
         return attempt.number
 
     number = on_rank_zero(team.comm, claim)
-    if not claimed:
+    if not own:
         yield number, None
         return
-    (attempt,) = claimed
+    (attempt,) = own
     team.on_failure(lambda reason, status: attempt.end(_outcome(status), reason=reason))
     outcome, reason = "finished", ""
     try:
@@ -255,17 +254,17 @@ def _record_code(spec: RunSpec, on_change: OnCodeChange, attempt: Attempt | None
         before = code.newest(location, below=attempt.number) if attempt.number > 1 else None
     settings = flatten(spec.identity).items()
     now = code.running([str(value) for key, value in settings if key.rpartition(".")[2] == "_target_"])
-    edited = printable(", ".join(before.edited(now) if before else []))
-    if edited and on_change is not OnCodeChange.accept and has_trained(spec.directory):
+    edits = printable(", ".join(before.edited(now) if before else []))
+    if edits and on_change is not OnCodeChange.accept and has_trained(spec.directory):
         if on_change is OnCodeChange.refuse:
             another = shlex.quote(f"{spec.directory.variant[:150]}-2")
             raise DriftRefused(
-                f"the code is not the one that {location.url} was trained with. Edited since: {edited}.\n"
+                f"the code is not the one that {location.url} was trained with. Edited since: {edits}.\n"
                 "The run was left as it is. Either undo the edit (`runs show RUN --code` has the commit and the diff), "
                 f"or\n  continue with the new code: {spec.command} run.on_code_change=accept\n"
                 f"  start a new run:        {spec.command} run.name={another}"
             )
-        log.warning("code     edited since the last attempt: %s", edited)
+        log.warning("code     edited since the last attempt: %s", edits)
     if now != before:
         with suppress(StorageError):
             code.record(location, attempt.name, now)
@@ -278,7 +277,7 @@ def _resume(spec: RunSpec, config: Config, parts: Parts, setup: TrainingSetup, t
         location = spec.directory.location
         recorded = on_rank_zero(team.comm, lambda: [*ledger.substitutions(location, parts.recipe).items()])
         state.stream.repeat_substitutions(dict(recorded))
-    with signals.interrupt_reads(team.world.size == 1):
+    with signals.stop_reads(at_once=team.world.size == 1):
         if parts.reference is not None:
             parts.task.reference = load_reference(parts.reference, state, spec, team.comm)
         return restore(state, setup.store, spec, team.comm)
@@ -288,22 +287,20 @@ def _log_start(spec: RunSpec, parts: Parts, resumed: Resumed, number: int, here:
     """Print the first lines, once per attempt. ``here`` is the topology of this process."""
     before = attempts.newest(spec.directory.location, before=number)
     stream = parts.state.stream
-    weights = [*parts.state.model.parameters()]
-    count, learning = (sum(each.numel() for each in weights if every or each.requires_grad) for every in (True, False))
+    total, trainable = parameter_counts(parts.state.model)
     log.info("run      %s", spec.directory.location.url)
     log.info("attempt  %d, %s", number, _describe_start(resumed, before))
     if protocol(spec.directory.location.url) == "memory":
         log.warning("store    memory:// ends with this process, and the run with it")
-    for line in resumed.unusable:
+    for line in resumed.damage:
         log.warning("unused   %s", line)
-    for line in resumed.unmatched:
+    for line in resumed.differences:
         log.warning("weights  %s", printable(line))
     if spec.changes:
         log.info("changed  %s", ", ".join(f"{d.key} {d.before!r} -> {d.now!r}" for d in spec.changes))
     then = before.claim.get("topology") if before is not None else None
-    moved = topology_changes(then, here) if isinstance(then, dict) else []
-    if moved:
-        log.warning("moved    %s: same samples, but floats may differ in the last bits", printable(", ".join(moved)))
+    if moves := topology_changes(then, here) if isinstance(then, dict) else []:
+        log.warning("moved    %s: same samples, but floats may differ in the last bits", printable(", ".join(moves)))
     log.info("data     %s", stream.guarantee)
     if parts.parallelism.description:
         plan = parts.plan
@@ -313,7 +310,7 @@ def _log_start(spec: RunSpec, parts: Parts, resumed: Resumed, number: int, here:
         log.info("parallel %s; each process takes %s of %s", parts.parallelism.description, each, share)
     workers = "auto" if stream.automatic else stream.workers
     log.info("device   %s, threads %d, data workers %s", here["device"], here["threads"], workers)
-    log.info("model    %s parameters%s", f"{count:,}", "" if learning == count else f", {learning:,} of them trained")
+    log.info("model    %s parameters%s", f"{total:,}", "" if trainable == total else f", {trainable:,} of them trained")
     if groups := table(parts.update.optimizer):
         log.info("weights  as the optimizer has them:\n%s", indent(groups, " " * 9))
 
@@ -327,16 +324,15 @@ def _describe_start(resumed: Resumed, before: AttemptRecord | None) -> str:
     if resumed.commit is None:
         if before is None:
             return "from scratch"
-        return f"from scratch ({_ended(before)} before its first checkpoint)"
+        return f"from scratch ({_outcome_text(before)} before its first checkpoint)"
     text = f"resumed from step {resumed.step} of attempt {resumed.commit.attempt}"
     reached = before.beat.get("step") if before is not None else None
     if before is not None and isinstance(reached, int) and reached > resumed.step:
-        text += f"; {_ended(before)} at step {reached} or later, "
-        text += f"{reached - resumed.step} steps are repeated"
+        text += f"; {_outcome_text(before)} at step {reached} or later, {reached - resumed.step} steps are repeated"
     return text
 
 
-def _ended(before: AttemptRecord) -> str:
+def _outcome_text(before: AttemptRecord) -> str:
     outcome = before.outcome()
     return f"attempt {before.number} {'' if outcome in ('failed', 'diverged') else 'was '}{outcome}"
 
@@ -356,7 +352,7 @@ def finish(
     """
     live = parts.state.evaluated_model.state_dict()
     weights = {saved_name(name): parts.parallelism.full_tensor(tensor) for name, tensor in live.items()}
-    result = retry(lambda: _export(spec, parts, setup, loop, weights), attempt, patience, comm)
+    result = retry_export(lambda: _export(spec, parts, setup, loop, weights), attempt, patience, comm)
     result["metrics"] |= _test_report(parts, setup, result, comm)
 
     def declare() -> dict[str, Any]:
@@ -364,7 +360,7 @@ def finish(
         spec.directory.finish(spec.identity, result)
         return result
 
-    return retry(declare, attempt, patience, comm)
+    return retry_export(declare, attempt, patience, comm)
 
 
 def _test_report(parts: Parts, setup: TrainingSetup, result: dict[str, Any], comm: Communicator) -> dict[str, Any]:
@@ -372,21 +368,19 @@ def _test_report(parts: Parts, setup: TrainingSetup, result: dict[str, Any], com
     if not parts.evaluator.test:
         return {}
     state, step = parts.state, (result["objective"] or result)["step"]
-    unused = {*state.parts()} - {"model", "average", "task"}
+    unused = {*state.parts()} - {"model", "average", "task"}  # by an evaluation
     try:
         if step != result["step"]:
             read_step(setup.store, step, lambda checkpoint: state.restore(checkpoint, without=unused), comm)
     except Damaged as error:
         log.warning("data.test is not evaluated: step %d was the best, but %s", step, error)
         return {}
-    report = parts.evaluator.measure(state)
-    log.info(
-        "test     step %d: %s", step, ", ".join(f"{k} {v:.4g}" for k, v in report.items() if not isinstance(v, str))
-    )
+    report = parts.evaluator.evaluate_test(state)
+    log.info("test     step %d: %s", step, numbers_text(report))
     return {name: _number(value) for name, value in report.items() if not isinstance(value, str)}
 
 
-def retry(
+def retry_export(
     work: Callable[[], dict[str, Any]], attempt: Attempt | None, patience: float, comm: Communicator
 ) -> dict[str, Any]:
     """The result of ``work`` on rank 0, which has the ``attempt``. While the storage fails, the work is tried again for
@@ -437,7 +431,7 @@ def _export(
             weights[BEST] = final if is_last else read_step(setup.store, best.step, evaluated_weights)
         except Damaged as error:
             log.warning("%s is not written: step %d was the best, but %s", BEST, best.step, error)
-    exported = {name: export(spec.directory.location, name, tensors) for name, tensors in weights.items()}
+    files = {name: export(spec.directory.location, name, tensors) for name, tensors in weights.items()}
     return {
         "step": loop.step,
         "epochs": loop.epochs,
@@ -447,8 +441,8 @@ def _export(
         "skipped_steps": parts.update.skipped,
         "substituted_samples": parts.state.stream.substituted,
         "seconds": loop.elapsed,
-        "sha256": {name: digest for name, (digest, _) in exported.items()},
-        "bytes": {name: size for name, (_, size) in exported.items()},
+        "sha256": {name: digest for name, (digest, _) in files.items()},
+        "bytes": {name: size for name, (_, size) in files.items()},
     }
 
 

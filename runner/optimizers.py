@@ -56,6 +56,17 @@ def for_each(function: Callable[[Any], Any], thing: Any) -> Any:
     )
 
 
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """How many numbers the weights of a model hold, and how many of these are trained."""
+    sizes = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+
+
+def weights_of(optimizers: Iterable[Any]) -> Iterator[Tensor]:
+    """All weights that the optimizers have."""
+    return (weight for each in optimizers for group in getattr(each, "param_groups", ()) for weight in group["params"])
+
+
 def parts_of(kind: str, thing: Any) -> dict[str, Any]:
     """Optimizers or schedulers by the names of their parts of the state: ``optimizer`` or ``optimizer.generator``."""
     return {f"{kind}.{name}" if name else kind: each for name, each in by_name(thing).items()}
@@ -84,10 +95,8 @@ def divide(
     for owner, share in shares.items():
         for name in share:
             if owners.setdefault(name, owner) != owner:
-                both = f"{owners[name]} and {owner}"
-                raise ConfigError(
-                    f"optimizer: {name} is among the params of {both}; each weight belongs to exactly one"
-                )
+                both = f"the params of {owners[name]} and {owner}"
+                raise ConfigError(f"optimizer: {name} is among {both}; each weight belongs to exactly one")
     others = [name for name in weights if name not in owners]
     if rest:
         shares[rest[0]] = others

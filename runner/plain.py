@@ -5,6 +5,7 @@ would fail later and elsewhere.
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 MAX_DEPTH = 100
@@ -36,6 +37,11 @@ def parse_integer(text: str) -> int:
     if len(text) > MAX_DIGITS:
         raise ValueError(f"a number of {len(text)} digits")
     return int(text)
+
+
+def numbers_text(values: Mapping[str, Any]) -> str:
+    """The numbers among named values, for people to read: ``loss 0.1234, accuracy 0.5``."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items() if isinstance(value, int | float))
 
 
 def is_deep(value: Any, depth: int) -> bool:

@@ -23,7 +23,7 @@ from runner.checkpoint.checkpoint import Checkpoint, Reader, TensorBytes
 from runner.checkpoint.encoding import encode
 from runner.checkpoint.manifest import CommitId, parse_commit
 from runner.checkpoint.sharding import Box, FileGroup, local
-from runner.checkpoint.store import CheckpointStore, ranked
+from runner.checkpoint.store import CheckpointStore, best_first
 from runner.checkpoint.structure import Structure
 from runner.checkpoint.tensor_file import Damaged, Kind, is_finite
 from runner.config.identity import compare
@@ -49,23 +49,23 @@ T = TypeVar("T")
 class Resumed:
     """Where an attempt continues: after ``commit``, or at step 0.
 
-    ``unusable`` describes newer commits that are damaged. ``origin`` is the parent run, if the state came from there;
-    ``unmatched`` describes the weights that it and this run do not share.
+    ``damage`` describes newer commits that cannot be used. ``origin`` is the parent run, if the state came from there;
+    ``differences`` describes the weights that only one of the two has.
     """
 
     commit: CommitId | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
-    unusable: Sequence[str] = ()
+    damage: Sequence[str] = ()
     origin: ParentRecord | None = None
-    unmatched: Sequence[str] = ()
+    differences: Sequence[str] = ()
 
     @property
     def step(self) -> int:
         return self.commit.step if self.commit else 0
 
-    def stopped(self, identity: Mapping[str, Any]) -> str | None:
-        """Why training ended at this step, in a word; None if it was a signal or a failed evaluation, or the
-        configuration was another.
+    def final_stop(self, identity: Mapping[str, Any]) -> str | None:
+        """Why training ended after this step, in a word; None if training continues: after a signal or a failed
+        evaluation, and with another configuration.
         """
         word = self.facts.get("stop")
         if not isinstance(word, str) or word in (*signals.NAMES, FAILED):
@@ -82,29 +82,29 @@ def restore(state: TrainState, store: CheckpointStore, spec: RunSpec, comm: Comm
     training cannot continue, with the newest older step that can be trained further; ConfigError for a parent in a
     store that the command does not name.
     """
-    unusable: list[str] = []
+    damage: list[str] = []
     commits = _listed(store, comm)
     for number, commit in enumerate(commits):
         try:
             facts = _continue_from(commit, state, store, spec, comm)
             store.verified.add(commit)
-            return Resumed(commit, facts, unusable)
+            return Resumed(commit, facts, damage)
         except Damaged as error:
             store.damaged.add(commit)
-            unusable.append(_describe_damage(commit, error))
+            damage.append(_describe_damage(commit, error))
         except (StateError, NonFiniteError) as error:
             hint = "No older checkpoint is kept that fits and is finite."
-            tried = {other.step for other in commits[: number + 1]}  # only the newest commit of a step counts
-            for older in (other for other in commits[number + 1 :] if other.step not in tried):
+            steps = {other.step for other in commits[: number + 1]}  # only the newest commit of a step counts
+            for older in (other for other in commits[number + 1 :] if other.step not in steps):
                 with suppress(Damaged, StateError, NonFiniteError):
                     _continue_from(older, state, store, spec, comm)
                     hint = new_run_hint(spec.command, spec.directory, older.step)
                     break
-            error.args = (f"{error}\n{hint}",)
+            error.extend(hint)
             raise
     if trace := on_rank_zero(comm, lambda: _trace_of_a_commit(store.location)):
-        raise NoLoadableCheckpoint(_nothing_loadable(store, f"although one was committed ({trace})", unusable))
-    return replace(_begin(state, spec, comm), unusable=unusable)
+        raise NoLoadableCheckpoint(_nothing_loadable(store, f"although one was committed ({trace})", damage))
+    return replace(_begin(state, spec, comm), damage=damage)
 
 
 def _continue_from(
@@ -139,8 +139,7 @@ def _begin(state: TrainState, spec: RunSpec, comm: Communicator) -> Resumed:
                     state.stream.open()
                 _load(state, checkpoint, spec.identity, without=() if same_data else ("data",), callbacks=False)
                 return Resumed(checkpoint.id, origin=origin)
-            unmatched = state.inherit(checkpoint, strict=origin.load == "strict")
-            resumed = Resumed(origin=origin, unmatched=unmatched)
+            resumed = Resumed(origin=origin, differences=state.inherit(checkpoint, strict=origin.load == "strict"))
     state.stream.open()  # draws random numbers: the generators are seeded afterwards, each rank's with another seed
     seed_all(derive("train", spec.identity["seed"], *([comm.rank] if comm.rank else [])))
     return resumed
@@ -155,11 +154,11 @@ def load_reference(model: nn.Module, state: TrainState, spec: RunSpec, comm: Com
     directory, asked = spec.directory, spec.parent
     origin = ParentRecord.of(directory)
     while origin is not None and not origin.weights_only:
-        location = _parent(origin, asked, directory)
+        location = _parent_location(origin, asked, directory)
         directory, asked = RunDirectory.at(location.url, asked.options if asked else directory.options), None
         origin = ParentRecord.of(directory)
     if origin is not None:
-        whole = replace(state, model=model, average=None, built=None)
+        whole = replace(state, model=model, average=None, structure=None)
         with _parent_checkpoint(origin, asked, directory, comm) as (_, checkpoint):
             whole.inherit(checkpoint, strict=origin.load == "strict")
     return model.requires_grad_(False).eval()
@@ -179,7 +178,7 @@ def _parent_checkpoint(
             raise ConfigError(f"{origin.run} is gone, and this run needs its weights: restore it")
         yield origin.run, read_weights([*map(Path, paths)], comm)
         return
-    parent, commit = CheckpointStore(_parent(origin, asked, directory)), parse_commit(f"{origin.commit}.json")
+    parent, commit = CheckpointStore(_parent_location(origin, asked, directory)), parse_commit(f"{origin.commit}.json")
     if commit is None:
         raise StorageError(printable(f"run.json names a parent's checkpoint that no run has: {origin.commit!r}"))
     try:
@@ -189,7 +188,7 @@ def _parent_checkpoint(
         raise NoLoadableCheckpoint(_nothing_loadable(parent, why, [_describe_damage(commit, error)])) from error
 
 
-def _parent(origin: ParentRecord, asked: Parent | None, directory: RunDirectory) -> Location:
+def _parent_location(origin: ParentRecord, asked: Parent | None, directory: RunDirectory) -> Location:
     """Where the parent is. Only stores that the command names are called: anyone may have written the record of the
     parent, and calls are made with this user's keys.
     """
@@ -267,7 +266,7 @@ def load_model(facts: RunFacts, which: int | str | None) -> nn.Module:
     Raises ConfigError for a step that is not kept, NoLoadableCheckpoint, and StateError for a model that the code
     builds differently now.
     """
-    checkpoint, weights = _read_evaluated(facts, which, evaluated_weights)
+    checkpoint, weights = _read_best_or_last(facts, which, evaluated_weights)
     model: nn.Module = rebuild(facts, "model").cpu()
     resized = checkpoint.facts.get("structure", {}).get("buffers", {})
     buffers = {name.removeprefix("module.") for names in resized.values() for name in names}
@@ -288,7 +287,7 @@ def load_task(facts: RunFacts, which: int | str | None) -> Task:
     """The task with the state that it had at a checkpoint; ``which`` as for ``load_model``."""
     task: Task = rebuild(facts, "task")
     if hasattr(task, "load_state_dict"):
-        _, state = _read_evaluated(facts, which, lambda each: each.load("task") if "task" in each.parts else None)
+        _, state = _read_best_or_last(facts, which, lambda each: each.load("task") if "task" in each.parts else None)
         if state is not None:
             task.load_state_dict(state)
     return task
@@ -300,7 +299,9 @@ def rebuild(facts: RunFacts, key: str) -> Any:
         return instance(OmegaConf.select(OmegaConf.create(facts.identity), key), key)
 
 
-def _read_evaluated(facts: RunFacts, which: int | str | None, take: Callable[[Checkpoint], T]) -> tuple[Checkpoint, T]:
+def _read_best_or_last(
+    facts: RunFacts, which: int | str | None, take: Callable[[Checkpoint], T]
+) -> tuple[Checkpoint, T]:
     if which is None and (facts.identity.get("objective") or {}).get("metric"):
         with suppress(ConfigError):  # nothing was evaluated yet
             return read(facts.directory, "best", take)
@@ -323,7 +324,8 @@ def read_weights(files: Sequence[Path], comm: Communicator) -> Checkpoint:
         except (SafetensorError, Damaged, OSError) as error:
             raise ConfigError(f"run.parent: {path} cannot be read as safetensors: {error}") from error
     if all(name.startswith("model/module.") for name in keys):
-        keys, kinds = ({n.replace("/module.", "/", 1): v for n, v in each.items()} for each in (keys, kinds))  # type: ignore[assignment]
+        keys = {name.replace("/module.", "/", 1): key for name, key in keys.items()}
+        kinds = {name.replace("/module.", "/", 1): kind for name, kind in kinds.items()}
     group = FileGroup((), kinds)
     like = {name.removeprefix("model/"): torch.empty(0) for name in kinds}  # only their names are encoded
     places = {name: TensorBytes(group, name, 0) for name in kinds}
@@ -359,7 +361,7 @@ def _select_commits(store: CheckpointStore, which: int | str | None, directory: 
         return commits
     if which == "best":
         goal, infos = (directory.identity() or {}).get("objective") or {}, store.survey()
-        if best := ranked(infos, goal.get("mode") if goal.get("metric") else None):
+        if best := best_first(infos, goal.get("mode") if goal.get("metric") else None):
             which = best[0].id.step
         elif all(info.damaged for info in infos):
             return commits  # opening them reports the damage of each
@@ -389,13 +391,13 @@ def _load(
         return
     keys = {difference.key.rpartition(".")[2] for difference in changed}
     optimizers, schedulers = by_name(state.optimizer), by_name(state.scheduler)
-    built = {name: optimizer.state_dict()["param_groups"] for name, optimizer in optimizers.items()}
+    groups = {name: optimizer.state_dict()["param_groups"] for name, optimizer in optimizers.items()}
     schedules = {name: dict(scheduler.state_dict()) for name, scheduler in schedulers.items()}
     state.restore(checkpoint, without=(*without, *parts_of("scheduler", state.scheduler)), callbacks=callbacks)
-    for name, interval in by_name(state.schedule).items():
-        _keep_settings(optimizers[name], built[name], lr=interval == "evaluation" and "lr" not in keys)
+    for name, interval in by_name(state.scheduler_interval).items():
+        _keep_settings(optimizers[name], groups[name], lr=interval == "evaluation" and "lr" not in keys)
         scheduler = schedulers[name]
-        if interval == "evaluation":  # what it has seen cannot be repeated
+        if interval == "evaluation":  # the objectives that it has seen cannot be repeated
             settings = {key: value for key, value in schedules[name].items() if key in keys}
             part = f"scheduler.{name}" if name else "scheduler"
             scheduler.load_state_dict({**checkpoint.load(part), **settings})
@@ -406,16 +408,16 @@ def _load(
                 scheduler.step()
 
 
-def _keep_settings(optimizer: Any, built: list[dict[str, Any]], *, lr: bool) -> None:
-    """Give a restored optimizer the settings that were ``built``, without those of groups that training added, keys
-    that it added to a group, and, if ``lr``, the rates: no other scheduler would compute them again.
+def _keep_settings(optimizer: Any, groups: list[dict[str, Any]], *, lr: bool) -> None:
+    """Give the ``groups`` of a restored optimizer the settings that they were built with. Groups and keys that training
+    added stay as they are, and so do the rates if ``lr``, which no other scheduler would compute again.
     """
     state_dict = optimizer.state_dict()
     excluded_keys = {"params", "param_names", *(["lr"] * lr)}
-    new_settings = [{k: v for k, v in group.items() if k not in excluded_keys} for group in built]
+    new_settings = [{k: v for k, v in group.items() if k not in excluded_keys} for group in groups]
     new_settings += [{}] * (len(state_dict["param_groups"]) - len(new_settings))
-    groups = [{**group, **settings} for group, settings in zip(state_dict["param_groups"], new_settings, strict=False)]
-    optimizer.load_state_dict({**state_dict, "param_groups": groups})
+    now = [{**group, **settings} for group, settings in zip(state_dict["param_groups"], new_settings, strict=False)]
+    optimizer.load_state_dict({**state_dict, "param_groups": now})
     retype(optimizer.state_dict().get("state"), state_dict.get("state"))
 
 
@@ -423,15 +425,15 @@ def _require_finite(state: TrainState, commit: CommitId) -> None:
     weights = dict(state.model.named_parameters())
     bad = next((name for name in state.trained() if not is_finite(local(weights[name].detach()))), None)
     if bad is not None:
-        raise NonFiniteError(f"step {commit.step} was saved with {bad} that is NaN or infinite, as every step after it")
+        raise NonFiniteError(f"step {commit.step} was saved with NaN or infinity in {bad}, like every step after it")
 
 
 def _describe_damage(commit: CommitId, error: Damaged) -> str:
     return printable(f"step {commit.step} of attempt {commit.attempt}: {error}")
 
 
-def _nothing_loadable(store: CheckpointStore, why: str, unusable: list[str]) -> str:
-    commits = "\n".join(f"  {line}" for line in unusable) or "  commits/ is empty"
+def _nothing_loadable(store: CheckpointStore, why: str, damage: list[str]) -> str:
+    commits = "\n".join(f"  {line}" for line in damage) or "  commits/ is empty"
     return (
         f"{store.location.url} has no checkpoint that can be loaded, {why}:\n{commits}\n"
         "Nothing was deleted and nothing was started from scratch. Restore the files from a copy, "

@@ -1,8 +1,8 @@
 """Requests to stop, noted by a signal handler and acted on at a step boundary.
 
-The handler only sets a flag, since an exception or an exit from there could leave half a file behind, with two
-exceptions: it interrupts a read of data, which may last forever, by raising ``Stopped``; and a second SIGTERM or Ctrl-C
-ends the process. Signals belong to the process, so this module has global state.
+The handler only sets a flag, since raising or exiting there could leave half a file behind. It does more in two cases:
+it ends a read of data, which may last forever, by raising ``Stopped``; and it ends the process at a second SIGTERM or
+Ctrl-C. Signals belong to the process, so this module has global state.
 What follows, from the signal to the exit, is described in ``app``.
 
 Signals reach only processes of the same machine: to its jobs elsewhere a sweep sends a ``StopRequest``.
@@ -22,7 +22,7 @@ from typing import Any
 from runner.errors import Interrupted, StorageError
 from runner.storage.location import Location
 
-VARIABLE = "HYDRA_RUNNER_SWEEP"  # environment variable of a job: the name of its sweep's stop request
+SWEEP_VARIABLE = "HYDRA_RUNNER_SWEEP"  # environment variable of a job: the name of its sweep's stop request
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 NAMES = frozenset(number.name for number in STOP_SIGNALS)
@@ -35,14 +35,14 @@ if "TORCHELASTIC_RUN_ID" in os.environ:
     _REPEAT_SECONDS = dict.fromkeys(_REPEAT_SECONDS, 5.0)
 _WAKE = signal.SIGURG  # ignored by default
 
-_received: str | None = None
-_arrived: list[str] = []
+_stop_name: str | None = None  # of the last stop signal or request
+_arrivals: list[str] = []  # names of all stop signals
 _previous: dict[str, Any] = {}  # signal name -> handler before ``install``
-_first: dict[str, float] = {}  # time of the first SIGTERM or Ctrl-C, by observer: the handler or the guard
+_first_times: dict[str, float] = {}  # time of the first SIGTERM or Ctrl-C, by observer: the handler or the guard
 _is_deadline_over = False  # whether a step must not wait for data any longer
 _reads_end_at_once = False
-_check: Callable[[], None] | None = None  # within ``reading``: raises other reasons to end the wait
-_pipe: tuple[int, int] | None = None
+_wait_check: Callable[[], None] | None = None  # within ``reading``: raises other reasons to end the wait
+_wakeup_pipe: tuple[int, int] | None = None  # Python writes the number of each signal into it, and ``_guard`` reads
 
 _LIMIT = 1 << 10  # bytes of a stop request
 _LISTEN_SECONDS = 0.2
@@ -57,7 +57,7 @@ def install() -> None:
     """Note the stop signals from now on, but not SIGHUP under nohup. Does nothing outside the main thread, where Python
     forbids handlers.
     """
-    global _pipe
+    global _wakeup_pipe
     if threading.current_thread() is threading.main_thread():
         for number in STOP_SIGNALS:
             if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
@@ -66,11 +66,11 @@ def install() -> None:
             if previous is not _handle_stop:
                 _previous[number.name] = previous
         signal.signal(_WAKE, _handle_wake)
-        if _pipe is None:
-            _pipe = os.pipe()
-            os.set_blocking(_pipe[1], False)
-            signal.set_wakeup_fd(_pipe[1], warn_on_full_buffer=False)
-            threading.Thread(target=_guard, args=[_pipe[0]], name="signals", daemon=True).start()
+        if _wakeup_pipe is None:
+            _wakeup_pipe = os.pipe()
+            os.set_blocking(_wakeup_pipe[1], False)
+            signal.set_wakeup_fd(_wakeup_pipe[1], warn_on_full_buffer=False)
+            threading.Thread(target=_guard, args=[_wakeup_pipe[0]], name="signals", daemon=True).start()
 
 
 def call_previous_handlers() -> None:
@@ -78,18 +78,18 @@ def call_previous_handlers() -> None:
 
     For use after everything is committed: submitit's handler then queues the job again. May end the process, or raise.
     """
-    arrived = [*_arrived]
+    names = [*_arrivals]
     _forget()
-    for name in arrived:
+    for name in names:
         if callable(handler := _previous.get(name)) and handler is not signal.default_int_handler:
             handler(signal.Signals[name], None)
 
 
 def request(name: str) -> None:
     """Act as if the stop signal of that name had arrived."""
-    global _received
-    if _received is None:
-        _received = name
+    global _stop_name
+    if _stop_name is None:
+        _stop_name = name
         _start_deadline()
         wake()
 
@@ -110,7 +110,7 @@ def _ignore(number: int, frame: FrameType | None) -> None:
 
 def received() -> str | None:
     """The name of the stop signal that arrived, if one did."""
-    return _received
+    return _stop_name
 
 
 def raise_if_received(where: str) -> None:
@@ -120,12 +120,12 @@ def raise_if_received(where: str) -> None:
 
 
 @contextmanager
-def interrupt_reads(allowed: bool = True) -> Iterator[None]:
-    """If ``allowed``, a stop signal interrupts reads of data within the block at once, because no step is half done.
-    Elsewhere reads continue until the deadline, so that the step can be finished.
+def stop_reads(*, at_once: bool = True) -> Iterator[None]:
+    """Within the block, a stop signal ends reads of data ``at_once``, because no step is half done. Otherwise, and
+    outside, it ends them only at the deadline, so that a step can be finished.
     """
     global _reads_end_at_once
-    before, _reads_end_at_once = _reads_end_at_once, allowed
+    before, _reads_end_at_once = _reads_end_at_once, at_once
     try:
         yield
     finally:
@@ -137,17 +137,17 @@ def reading(check: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Within the block, data is read or waited for, and a stop signal raises Stopped. ``check`` is called after a
     signal or ``wake``, and may raise other reasons to end the wait.
     """
-    global _check
+    global _wait_check
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = _check
+    before = _wait_check
     try:
-        _check = check
-        _stop()
+        _wait_check = check
+        _raise_if_stopped()
         yield
     finally:
-        _check = before
+        _wait_check = before
 
 
 def wake() -> None:
@@ -229,29 +229,29 @@ def _repeating(action: Callable[[], bool], seconds: float) -> Iterator[None]:
         ended.set()
 
 
-def _stop() -> None:
-    global _check
-    if _check is not None and _received is not None and (_reads_end_at_once or _is_deadline_over):
-        _check = None  # raise once: the clean-up must not be broken off
-        raise Stopped(_received)
+def _raise_if_stopped() -> None:
+    global _wait_check
+    if _wait_check is not None and _stop_name is not None and (_reads_end_at_once or _is_deadline_over):
+        _wait_check = None  # raise once: the clean-up must not be broken off
+        raise Stopped(_stop_name)
 
 
 def _handle_wake(number: int, frame: FrameType | None) -> None:
-    _stop()
-    if _check is not None:
-        _check()
+    _raise_if_stopped()
+    if _wait_check is not None:
+        _wait_check()
 
 
 def _handle_stop(number: int, frame: FrameType | None) -> None:
-    global _received
+    global _stop_name
     if _note_and_is_second(number, "handler"):  # do not wait for the step
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
-    if _received is None:
+    if _stop_name is None:
         _start_deadline()
-    _received = signal.Signals(number).name
-    _arrived.append(_received)
-    _stop()
+    _stop_name = signal.Signals(number).name
+    _arrivals.append(_stop_name)
+    _raise_if_stopped()
 
 
 def _note_and_is_second(number: int, observer: str) -> bool:
@@ -259,10 +259,10 @@ def _note_and_is_second(number: int, observer: str) -> bool:
     if number not in _REPEAT_SECONDS:
         return False
     now = time.monotonic()
-    if observer not in _first:
-        _first[observer] = now
+    if observer not in _first_times:
+        _first_times[observer] = now
         return False
-    return now - _first[observer] >= _REPEAT_SECONDS[signal.Signals(number)]
+    return now - _first_times[observer] >= _REPEAT_SECONDS[signal.Signals(number)]
 
 
 def _start_deadline() -> None:
@@ -274,13 +274,13 @@ def _start_deadline() -> None:
 
 def _end_deadline() -> None:
     global _is_deadline_over
-    _is_deadline_over = _received is not None
+    _is_deadline_over = _stop_name is not None
     wake()
 
 
-def _guard(arrivals: int) -> None:
+def _guard(pipe: int) -> None:
     """End the process at the second signal even if the main thread never returns to Python to run a handler."""
-    while numbers := os.read(arrivals, 64):
+    while numbers := os.read(pipe, 64):
         for number in numbers:
             if _note_and_is_second(number, "guard"):
                 time.sleep(1.0)  # for the handler, which ends the process by the signal itself
@@ -288,10 +288,10 @@ def _guard(arrivals: int) -> None:
 
 
 def _forget() -> None:
-    global _received, _is_deadline_over
-    _received, _is_deadline_over = None, False
-    _arrived.clear()
-    _first.clear()
+    global _stop_name, _is_deadline_over
+    _stop_name, _is_deadline_over = None, False
+    _arrivals.clear()
+    _first_times.clear()
 
 
 def _block() -> None:
@@ -305,19 +305,19 @@ def _unblock() -> None:
 
 def _restore_handlers() -> None:
     """In a child that a user's code forked: it ends by signals, as its parent expects."""
-    global _pipe, _check, _reads_end_at_once
+    global _wakeup_pipe, _wait_check, _reads_end_at_once
     _forget()
-    _check, _reads_end_at_once = None, False
+    _wait_check, _reads_end_at_once = None, False
     for number in (*STOP_SIGNALS, _WAKE):
         if signal.getsignal(number) in (_handle_stop, _handle_wake, _ignore):
             default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
             ignored = _previous.get(number.name) is signal.SIG_IGN
             signal.signal(number, signal.SIG_IGN if ignored else default)
-    if _pipe is not None:
+    if _wakeup_pipe is not None:
         signal.set_wakeup_fd(-1)
-        for end in _pipe:
+        for end in _wakeup_pipe:
             os.close(end)
-        _pipe = None
+        _wakeup_pipe = None
     _unblock()
 
 

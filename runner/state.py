@@ -50,10 +50,10 @@ class TrainState:
     data draws random numbers.
 
     ``update`` holds the loss scale and the count of skipped steps. ``average`` is the moving average of the weights.
-    ``task`` and ``stateful_callbacks`` are part of the state only if they have a ``state_dict``. ``built`` is the
-    structure that the configuration builds, into which a resume loads. ``schedule`` says after what the scheduler
-    steps: ``step``, ``epoch`` or ``evaluation``. With several optimizers, ``optimizer``, ``scheduler`` and ``schedule``
-    are ``Named``: ``state.optimizer["generator"]``.
+    ``task`` and ``stateful_callbacks`` are part of the state only if they have a ``state_dict``. ``structure`` is what
+    the configuration builds, into which a resume loads. The scheduler steps after each ``scheduler_interval``:
+    ``step``, ``epoch`` or ``evaluation``. With several optimizers, ``optimizer``, ``scheduler`` and
+    ``scheduler_interval`` are ``Named``: ``state.optimizer["generator"]``.
     """
 
     model: nn.Module
@@ -66,8 +66,8 @@ class TrainState:
     progress: Progress
     stateful_callbacks: dict[str, Stateful] = field(default_factory=dict)
     generators: Generators = field(default_factory=Generators)
-    built: Structure | None = None
-    schedule: Any = "step"
+    structure: Structure | None = None
+    scheduler_interval: Any = "step"
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -79,7 +79,7 @@ class TrainState:
 
     def parts(self) -> dict[str, Stateful]:
         """Every part by name, in the order of restoring."""
-        named: dict[str, Stateful | None] = {
+        parts: dict[str, Stateful | None] = {
             "model": self.model,
             "task": self.task,
             **{_CALLBACK_PREFIX + name: memory for name, memory in self.stateful_callbacks.items()},
@@ -91,11 +91,11 @@ class TrainState:
             "progress": self.progress,
             "generators": self.generators,
         }
-        return {name: part for name, part in named.items() if part is not None}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def schedulers(self, interval: str) -> list[Any]:
         """The schedulers that step after each ``step``, ``epoch`` or ``evaluation``."""
-        intervals = by_name(self.schedule)
+        intervals = by_name(self.scheduler_interval)
         return [each for name, each in by_name(self.scheduler).items() if intervals[name] == interval]
 
     def state_dict(self) -> dict[str, Any]:
@@ -107,10 +107,10 @@ class TrainState:
 
         Raises StateError for a state that could not be restored.
         """
-        if self.built is None:
+        if self.structure is None:
             return {}
         optimizer = getattr(self.update, "optimizer", self.optimizer)
-        return self.built.changes(self.progress.step, self.parts(), optimizer)
+        return self.structure.changes(self.progress.step, self.parts(), optimizer)
 
     def weights(self) -> list[str]:
         """The names, in a checkpoint, of the tensors that have to be finite."""
@@ -118,7 +118,7 @@ class TrainState:
 
     def trained(self) -> list[str]:
         """The names of the weights that have to be finite: those that are trained, and were finite when built."""
-        nonfinite = self.built.nonfinite if self.built else ()
+        nonfinite = self.structure.nonfinite if self.structure else ()
         return [name for name, p in self.model.named_parameters() if p.requires_grad and name not in nonfinite]
 
     def restore(self, checkpoint: Checkpoint, *, without: Container[str] = (), callbacks: bool = True) -> None:
@@ -126,14 +126,12 @@ class TrainState:
 
         Raises StateError for parts that do not fit, Damaged for bad bytes.
         """
-        parts, saved = (
-            [name for name in names if callbacks or not name.startswith(_CALLBACK_PREFIX)]
-            for names in (self.parts(), checkpoint.parts)
-        )
+        parts = {n: part for n, part in self.parts().items() if callbacks or not n.startswith(_CALLBACK_PREFIX)}
+        saved = [name for name in checkpoint.parts if callbacks or not name.startswith(_CALLBACK_PREFIX)]
         _require_same(parts, saved, checkpoint)
         same_types = True
-        for name, part in self.parts().items():
-            if name in without or name not in parts:
+        for name, part in parts.items():
+            if name in without:
                 continue
             state = self._load(name, part, checkpoint)
             if part is self.model:
@@ -150,30 +148,30 @@ class TrainState:
 
         Raises StateError for weights that do not fit, Damaged for bad bytes.
         """
-        places = {name[6:]: place for name, place in checkpoint.places.items() if name.startswith("model/")}
-        saved = {saved_name(n): _layout(place.kind.shape, place.kind.empty((0,))) for n, place in places.items()}
+        places = {n.removeprefix("model/"): at for n, at in checkpoint.places.items() if n.startswith("model/")}
+        theirs = {saved_name(n): _layout(place.kind.shape, place.kind.empty((0,))) for n, place in places.items()}
         live = {saved_name(name): value for name, value in self.model.state_dict().items()}
-        built = {n: _layout(value.shape, value) for n, value in live.items() if isinstance(value, Tensor)}
-        fitting = {name for name, shape in built.items() if saved.get(name) == shape}
-        tied = {memory_key(local(live[name])) for name in fitting}  # a weight that is used twice may be saved once
-        left = [f"{name} {shape}" for name, shape in saved.items() if name not in fitting]
-        new = [
-            f"{n} {shape}" for n, shape in built.items() if n not in fitting and memory_key(local(live[n])) not in tied
-        ]
-        if not fitting:
+        shapes = {n: _layout(value.shape, value) for n, value in live.items() if isinstance(value, Tensor)}
+        matches = {name for name, shape in shapes.items() if theirs.get(name) == shape}
+        memory = {memory_key(local(live[name])) for name in matches}  # a weight that is used twice may be saved once
+        only_there = [f"{name} {shape}" for name, shape in theirs.items() if name not in matches]
+        others = {name: shape for name, shape in shapes.items() if name not in matches}
+        only_here = [f"{name} {shape}" for name, shape in others.items() if memory_key(local(live[name])) not in memory]
+        if not matches:
             raise StateError(f"no weight of step {checkpoint.step} of the parent has a name and shape of this model")
         for name, place in places.items() if strict else ():
             key = saved_name(name)
             value = live.get(key)
             if isinstance(value, Tensor) and _kind(value) != _kind(place.kind.empty((0,))):  # torch would convert it
-                raise StateError(f"{key} is {saved[key]} in the parent and {built[key]} in this model")
-        whole = strict if left or new else len(fitting) == len(built)  # if strict, torch says what does not fit
-        self._load("model", self.model, checkpoint, only=None if whole else fitting)
-        if self.average is not None and "average" in checkpoint.parts and not (left or new):
+                raise StateError(f"{key} is {theirs[key]} in the parent and {shapes[key]} in this model")
+        differs = bool(only_there or only_here)
+        whole = strict if differs else len(matches) == len(shapes)  # if strict, torch says what does not fit
+        self._load("model", self.model, checkpoint, only=None if whole else matches)
+        if self.average is not None and "average" in checkpoint.parts and not differs:
             self._load("average", self.average, checkpoint)
         elif self.average is not None:
             self.evaluated_model.load_state_dict(self.model.state_dict())
-        lines = {"not used, of the parent": left, "not in the parent, as they were built": new}
+        lines = {"not used, of the parent": only_there, "not in the parent, as they were built": only_here}
         return [f"{title}: {', '.join(names)}" for title, names in lines.items() if names]
 
     def _load(self, name: str, part: Stateful, checkpoint: Checkpoint, *, only: Collection[str] | None = None) -> Any:
@@ -187,14 +185,14 @@ class TrainState:
                     {**part.state_dict(), **{key: state[key] for key in state if saved_name(key) in only}}
                 )
                 return
-            if self.built is not None and name in self.built.modules:
+            if self.structure is not None and name in self.structure.modules:
                 buffers = checkpoint.facts.get("structure", {}).get("buffers", {})
-                self.built.resize(name, buffers.get(name, ()), state)
+                self.structure.resize(name, buffers.get(name, ()), state)
             part.load_state_dict(state)
 
         try:
-            if self.built is not None and name in self.built.groups:
-                self.built.regroup(name, _groups(checkpoint, self.built, name), self.parts())
+            if self.structure is not None and name in self.structure.groups:
+                self.structure.regroup(name, _groups(checkpoint, self.structure, name), self.parts())
             live = getattr(part, "like", part.state_dict)() if checkpoint.comm.size > 1 else None
             if live is not None and isinstance(part, nn.Module):
                 names = {
@@ -228,20 +226,16 @@ def _state_of(part: Stateful) -> dict[str, Any]:
     return PerRank(state) if isinstance(part, Generators) else state  # each rank draws for itself
 
 
-def _groups(checkpoint: Checkpoint, built: Structure, part: str) -> list[list[str]] | None:
+def _groups(checkpoint: Checkpoint, structure: Structure, part: str) -> list[list[str]] | None:
     """The names of the weights in each group of an optimizer, or None where the groups are as they were built.
     Checkpoints of earlier versions have names only if the optimizer was given named weights.
     """
     groups: list[list[str]] | None = checkpoint.facts.get("structure", {}).get(groups_key(part))
-    if groups or _sizes(checkpoint, part) == [*map(len, built.groups[part])]:
-        return groups
     saved = checkpoint.parts[part].get("param_groups", [])
+    if groups or [len(group["params"]) for group in saved] == [*map(len, structure.groups[part])]:
+        return groups
     named = [[f"model/{name}" for name in group["param_names"]] for group in saved if "param_names" in group]
     return named if len(named) == len(saved) else None
-
-
-def _sizes(checkpoint: Checkpoint, part: str) -> list[int]:
-    return [len(group["params"]) for group in checkpoint.parts[part].get("param_groups", [])]
 
 
 def _layout(shape: Collection[int], tensor: Tensor) -> str:

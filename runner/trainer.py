@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runner import signals
-from runner.callbacks.base import Callback, Loop, TrainingSetup, overriding
+from runner.callbacks.base import Callback, Loop, TrainingSetup, methods_for
 from runner.data.stream import StepSamples, TrainingStream
 from runner.distributed.communicator import Parallelism, StepReport, Team
 from runner.optimizers import by_name
@@ -28,26 +28,26 @@ class Trainer:
     update: WeightUpdate
     parallelism: Parallelism
     callbacks: Sequence[Callback]
-    limits: TrainingSetup
+    setup: TrainingSetup
     team: Team
     users: Sequence[Callback] = ()
 
     def __post_init__(self) -> None:
-        self._on_step_start = overriding(self.callbacks, "on_step_start")
-        self._on_batch = overriding(self.callbacks, "on_batch")
-        self._on_update = overriding(self.callbacks, "on_update")
+        self._on_step_start = methods_for(self.callbacks, "on_step_start")
+        self._on_batch = methods_for(self.callbacks, "on_batch")
+        self._on_update = methods_for(self.callbacks, "on_update")
         step = self.task.optimization_step
-        self._has_own_step = getattr(step, "__func__", step) is not Task.optimization_step  # which checks its metrics
+        self._has_own_step = getattr(step, "__func__", step) is not Task.optimization_step
 
-    def fit(self, state: TrainState, *, elapsed: float = 0.0, stopped: str | None = None) -> Loop:
+    def fit(self, state: TrainState, *, elapsed: float = 0.0, earlier_stop: str | None = None) -> Loop:
         """Continue from ``state``, after ``elapsed`` seconds of earlier attempts; returns the loop's record.
-        ``stopped``: why a callback ended training at this step in an earlier attempt; only the export is left.
+        ``earlier_stop``: why a callback ended training after this step in an earlier attempt; only the export is left.
 
         A stop signal ends the loop at a step boundary, with the signal's name in ``stop``.
         """
         began = time.monotonic() - elapsed
-        loop = self._start(state, elapsed, stopped)
-        on_step, of_users = (overriding(each, "on_step") for each in (self.callbacks, self.users))
+        loop = self._start(state, elapsed, earlier_stop)
+        on_step, of_users = methods_for(self.callbacks, "on_step"), methods_for(self.users, "on_step")
         while loop.stop is None:
             loop.stop = self._wait_for_data(loop.state.stream)
             if loop.stop is not None:
@@ -59,7 +59,7 @@ class Trainer:
                     call(loop)
             loop.stop = loop.stop or self.team.stop
         self.team.disarm_timeout()
-        for callback in reversed(self.callbacks):  # the checkpoint first, while the others are still open
+        for callback in reversed(self.callbacks):  # the last step is committed first, while the ledger is open
             callback.on_end(loop)
         return loop
 
@@ -69,7 +69,7 @@ class Trainer:
         """
         alone = self.team.world.size == 1
         try:
-            with signals.interrupt_reads(alone):
+            with signals.stop_reads(at_once=alone):
                 stream.ready()
         except signals.Stopped:
             if alone:
@@ -88,7 +88,7 @@ class Trainer:
         micro_batches = self._apply_on_batch(loop, stream.step()) if self._on_batch else stream.step()
         self.update.in_own_step = self._has_own_step
         metrics = self.task.optimization_step(state.model, self.parallelism.iterate(micro_batches), self.update)
-        if self._has_own_step:
+        if self._has_own_step:  # the default step has checked them
             metrics = check_metrics(metrics, f"{type(self.task).__name__}.optimization_step")
         self.update.in_own_step = False
         self.update.end()
@@ -128,19 +128,19 @@ class Trainer:
         shares = {name: metrics.get(name, zero) for name in whole.metrics if not is_measured(name)}
         loop.elapsed, loop.metrics = whole.elapsed, {**metrics, **self.team.sum_tensors(shares)}
 
-    def _start(self, state: TrainState, elapsed: float, stopped: str | None) -> Loop:
-        """The record as it was after the last step, so that an interrupted evaluation, for example, is finished now."""
+    def _start(self, state: TrainState, elapsed: float, earlier_stop: str | None) -> Loop:
+        """The record after the last step of the attempt before, whose callbacks now do what was interrupted there."""
         stream = state.stream
-        loop = Loop(state, self.limits.max_steps, state.progress.step, elapsed=elapsed)
+        loop = Loop(state, self.setup.max_steps, state.progress.step, elapsed=elapsed)
         loop.log = self.task.log
-        loop.directory, loop.attempt, loop.start_step = self.limits.directory, self.limits.attempt, loop.step
+        loop.directory, loop.attempt, loop.start_step = self.setup.directory, self.setup.attempt, loop.step
         loop.epochs_before, loop.epochs, loop.consumed = stream.epochs_before, stream.epochs, stream.consumed
         limit = self._limit(loop) if loop.step else None
-        loop.stop = limit or stopped
+        loop.stop = limit or earlier_stop
         for callback in self.callbacks:
             callback.on_start(loop)
             # A user's callback that ended training has had ``on_step`` for this step.
-            if loop.evaluation is not None and callback in self.users and (stopped is None or limit is not None):
+            if loop.evaluation is not None and callback in self.users and (earlier_stop is None or limit is not None):
                 callback.on_step(loop)
         loop.stop = loop.stop or self.team.poll()
         return loop
@@ -152,7 +152,7 @@ class Trainer:
         return float(last()[0] if last else optimizer.param_groups[0]["lr"])  # it may be a tensor
 
     def _limit(self, loop: Loop) -> str | None:
-        limits = self.limits
+        limits = self.setup
         if limits.max_epochs is not None and loop.epochs >= limits.max_epochs:
             return "max_epochs"  # first, since ``max_steps`` may be the number of steps in them
         if limits.max_steps is not None and loop.step >= limits.max_steps:

@@ -13,11 +13,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from runner.distributed.communicator import Parallelism
 from runner.errors import ConfigError, NonFiniteError, TaskError
-from runner.optimizers import Named, by_name
+from runner.optimizers import Named, by_name, weights_of
 
 _NORM = "grad_norm"
 
-_MOST_SKIPPED = 32  # steps in a row; while the scale of an fp16 loss is looked for, fewer are
+_MAX_SKIPS = 32  # steps in a row; more than an fp16 loss scale needs to adapt
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,16 +44,17 @@ class WeightUpdate:
     skipped: int = 0
     consecutive_skips: int = 0
     gradient_listeners: Sequence[Callable[[], None]] = ()  # called when all gradients are there, unscaled
-    _has_gradients: bool = False  # since the last ``end``: some gradients were used, ...
-    _is_nonfinite: bool = False  # ... not finite, ...
-    _has_stepped: bool = False  # ... weights were moved
+    # Since the last ``end``: an optimizer had gradients; gradients or a loss were not finite; weights were moved.
+    _has_gradients: bool = field(default=False, init=False)
+    _is_nonfinite: bool = field(default=False, init=False)
+    _has_stepped: bool = field(default=False, init=False)
     positions: Callable[[], range] = lambda: range(0)
     gather: Callable[[Any], list[Any]] = lambda value: [value]
     in_own_step: bool = False  # the task is in its own step, and not in `apply`
 
     def __post_init__(self) -> None:
         for optimizer in by_name(self.optimizer).values():
-            for each in (optimizer, *getattr(optimizer, "__dict__", {}).values()):  # that of SAM has another inside
+            for each in (optimizer, *getattr(optimizer, "__dict__", {}).values()):  # SAM wraps another optimizer
                 if isinstance(each, Optimizer):
                     each.register_step_pre_hook(self._require_apply)
 
@@ -72,8 +73,8 @@ class WeightUpdate:
 
     def __getitem__(self, name: str) -> "NamedUpdate":
         if not isinstance(self.optimizer, Named) or name not in self.optimizer:
-            known = ", ".join(by_name(self.optimizer)) or "one, without a name: use update.step(loss)"
-            raise TaskError(f"there is no optimizer {name!r} for update[...]; there is {known}")
+            names = ", ".join(by_name(self.optimizer)) or "one without a name: use update.step(loss)"
+            raise TaskError(f"there is no optimizer {name!r} for update[...]; there is {names}")
         return NamedUpdate(self, name)
 
     def step(self, loss: Tensor) -> dict[str, Tensor]:
@@ -88,9 +89,7 @@ class WeightUpdate:
         self.parallelism.reduce_gradients()
         weights = self._weights(optimizers)
         if len(optimizers) > 1:
-            optimizers = [
-                each for each in optimizers if any(weight.grad is not None for weight in _optimizer_weights([each]))
-            ]
+            optimizers = [each for each in optimizers if any(weight.grad is not None for weight in weights_of([each]))]
         if self.scaler is not None:
             for optimizer in optimizers:
                 self.scaler.unscale_(optimizer)
@@ -170,7 +169,7 @@ class WeightUpdate:
         Collected anew for each step, and whether they are trained now or not: a task may freeze, thaw, add and replace
         weights, and an optimizer moves whatever has a gradient.
         """
-        all_weights = [*_weights(self.model), *_optimizer_weights(optimizers)]
+        all_weights = [*_weights(self.model), *weights_of(optimizers)]
         weights = {id(weight): weight for weight in all_weights if weight is not None and weight.grad is not None}
         for weight in weights.values():
             if weight.grad is not None and weight.grad.is_sparse:
@@ -183,20 +182,20 @@ class WeightUpdate:
             zero_grad = optimizer.zero_grad
             if getattr(zero_grad, "__func__", None) is not Optimizer.zero_grad:  # torch takes as long as a kernel
                 zero_grad(set_to_none=True)
-        for weight in chain(weights, _optimizer_weights(optimizers)):
+        for weight in chain(weights, weights_of(optimizers)):
             weight.grad = None
 
     def _unscale(self, weights: list[Tensor], optimizers: Sequence[Optimizer]) -> None:
         """Unscale gradients of what is not the optimizer's, too: they are part of the norm."""
         assert self.scaler is not None
-        own = {id(weight) for weight in _optimizer_weights(optimizers)}
+        own = {id(weight) for weight in weights_of(optimizers)}
         for weight in weights:
             if id(weight) not in own and weight.grad is not None:
                 weight.grad.div_(self.scaler.get_scale())
 
     def _count(self, skipped: bool) -> None:
         self.consecutive_skips = self.consecutive_skips + 1 if skipped else 0
-        if self.consecutive_skips >= _MOST_SKIPPED:
+        if self.consecutive_skips >= _MAX_SKIPS:
             why = "because their loss or gradients were NaN or infinite: nothing is learned any more"
             remedy = "Look at their samples and at the loss, or lower the learning rate"
             raise NonFiniteError(f"{self.consecutive_skips} steps in a row were skipped, {why}. {remedy}")
@@ -249,7 +248,7 @@ class NamedUpdate:
     def _alone(self) -> Iterator[None]:
         """Within the block, the weights of the other optimizers have no gradients."""
         others = [each for each in self.update.optimizer.values() if each is not self.optimizer]
-        before = [(weight, weight.grad) for weight in _optimizer_weights(others)]
+        before = [(weight, weight.grad) for weight in weights_of(others)]
         for weight, _ in before:
             weight.grad = None
         try:
@@ -282,10 +281,6 @@ def _gradient_values(weights: Sequence[Tensor]) -> list[Tensor]:
     """The gradients, of sparse ones the values."""
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     return [each._values() if each.is_sparse else each for each in gradients]
-
-
-def _optimizer_weights(optimizers: Sequence[Any]) -> Iterator[Tensor]:
-    return (weight for each in optimizers for group in getattr(each, "param_groups", ()) for weight in group["params"])
 
 
 def moving_average(model: nn.Module, decay: float) -> AveragedModel:
@@ -339,13 +334,15 @@ def _outline(model: nn.Module) -> list[object]:
 
 
 def _require_same_weights(copy: nn.Module, model: nn.Module) -> None:
-    before, now = (
-        {**{name: None for name, _ in each.named_modules() if name}, **{n: w.shape for n, w in each.named_parameters()}}
-        for each in (copy, model)
-    )
+    before, now = _shapes(copy), _shapes(model)
     changed = [name for name in {**before, **now} if before.get(name, 0) != now.get(name, 0)]
     if changed := changed or [name for name, other in zip(before, now, strict=True) if name != other]:
         raise TaskError(
             f"trainer.ema_decay averages the weights that the model had at the start, and {', '.join(changed)} came, "
             "went or changed its shape since. Give it to the model in its constructor, or set trainer.ema_decay=null"
         )
+
+
+def _shapes(model: nn.Module) -> dict[str, Any]:
+    modules = dict.fromkeys(name for name, _ in model.named_modules() if name)
+    return {**modules, **{name: weight.shape for name, weight in model.named_parameters()}}

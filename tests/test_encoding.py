@@ -89,7 +89,7 @@ def test_a_trained_tensor_stays_trained_when_restored() -> None:
     one = tensors["part/0"]
     trained, result, detached = decode(json.loads(json.dumps(value)), lambda name: one)
     assert (trained.requires_grad, result.requires_grad, detached.requires_grad) == (True, False, False)
-    with pytest.raises(ValueError, match=r"a torch\.int64 tensor that is trained"):
+    with pytest.raises(ValueError, match=r"a torch\.int64 tensor that requires gradients"):
         decode(value, lambda name: torch.ones(3, dtype=torch.int64))
 
 

@@ -156,7 +156,7 @@ def test_an_evaluation_that_raises_loses_no_step(last: bool, life: Lives, tmp_pa
         assert ended.status == 1
         assert "NameError: name 'undefined' is not defined" in ended.output
         assert "in evaluation_step" in ended.output
-        assert "Step 7 is committed as it was before the evaluation" in ended.output, ended.output
+        assert "Step 7 is committed without the evaluation" in ended.output, ended.output
     broken.unlink()
     assert life(*command, "run.name=cut", cwd=USER).status == 0
     require_same(tmp_path / "rows")
@@ -174,7 +174,7 @@ def test_a_failed_evaluation_of_processes_loses_no_step(rank: str, crew: Crews, 
     ended = crew(2, *command, "run.name=cut", cwd=USER)
     assert ended.statuses == [1, 1]
     assert ended.output.count("in evaluation_step") == 1, ended.output
-    assert "Step 7 is committed as it was before the evaluation" in ended.output, ended.output
+    assert "Step 7 is committed without the evaluation" in ended.output, ended.output
     broken.unlink()
     ended = crew(2, *command, "run.name=cut", cwd=USER)
     assert ended.statuses == [0, 0]

@@ -16,7 +16,7 @@ from waiting import until
 from runner import signals
 from runner.distributed.communicator import SINGLE_PROCESS
 from runner.errors import Interrupted, RunGone, StorageError, Superseded
-from runner.experiment import retry
+from runner.experiment import retry_export
 from runner.run import attempts
 from runner.run.attempts import Attempt, claim
 from runner.storage import open_location
@@ -153,11 +153,11 @@ def test_a_wait_for_the_export_obeys_signals_and_takeovers(tmp_path: Path, monke
     location = open_location(str(tmp_path))
     attempt = claim(location, {})
     with pytest.raises(Interrupted, match="SIGTERM while the weights could not be exported; every step is committed"):
-        retry(fails, attempt, 1000.0, SINGLE_PROCESS)
+        retry_export(fails, attempt, 1000.0, SINGLE_PROCESS)
     monkeypatch.undo()
     newer = attempts.claim(location, {}, steal=True)
     with pytest.raises(Superseded, match="attempt 2"):
-        retry(lambda: pytest.fail("it exported"), attempt, 1000.0, SINGLE_PROCESS)
+        retry_export(lambda: pytest.fail("it exported"), attempt, 1000.0, SINGLE_PROCESS)
     for one in (attempt, newer):
         one.end("finished")
 

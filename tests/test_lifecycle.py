@@ -122,7 +122,7 @@ def test_accepted_drift_leaves_moments_in_their_type(life: Lives, tmp_path: Path
     assert life(*command, "run.name=r", cwd=USER, step=6).status is None
     ended = life(*command, "run.name=r", "optimizer.lr=0.02", "run.on_drift=accept", "runtime.parallel=ddp", cwd=USER)
     assert ended.status == 0, ended.output
-    assert "runtime.parallel and runtime.shard are for several processes" in ended.output
+    assert "runtime.parallel and runtime.shard need several processes" in ended.output
     store = CheckpointStore(LocalLocation(tmp_path / "odd/r"))
     state = store.open(store.commits()[0]).load("optimizer")["state"]
     assert {moments["moments"][0].dtype for moments in state.values()} == {torch.float64}

@@ -8,7 +8,7 @@ from crews import Crews
 from lives import Ended, Lives
 from results import metric_lines
 
-from runner.callbacks.base import Callback, Loop, Observer, notify, observed_by, observers, overriding
+from runner.callbacks.base import Callback, Loop, Observer, methods_for, notify, observed_by, observers
 from runner.checkpoint.manifest import commits
 from runner.storage import LocalLocation
 
@@ -123,7 +123,7 @@ def test_an_error_in_on_error_does_not_hide_the_cause(run: Run) -> None:
 def test_a_method_set_on_the_instance_is_called() -> None:
     callback = Callback()
     callback.on_step = print  # type: ignore[method-assign]
-    assert overriding([callback], "on_step") == [print]
+    assert methods_for([callback], "on_step") == [print]
 
 
 def test_only_overridden_moments_are_called() -> None:
@@ -132,8 +132,8 @@ def test_only_overridden_moments_are_called() -> None:
             raise RuntimeError
 
     steps = Steps()
-    assert overriding([Callback(), steps, Observer()], "on_step") == [steps.on_step]
-    assert overriding([Callback(), steps, Observer()], "on_batch") == []
+    assert methods_for([Callback(), steps, Observer()], "on_step") == [steps.on_step]
+    assert methods_for([Callback(), steps, Observer()], "on_batch") == []
     notify([Callback()], "on_step", None)
 
 

@@ -222,6 +222,7 @@ def test_every_key_is_explained() -> None:
     assert len(keys) > 60
     texts = {key: explain(key, CONFIGS / "config.yaml") for key in keys}
     assert [key for key, text in texts.items() if not text.startswith(key)] == []
+    assert "best states by the objective" in texts["checkpoint.keep_best"], "not only in the comment of its neighbour"
 
 
 def _keys(schema: Any, path: str = "") -> Iterator[str]:

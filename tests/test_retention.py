@@ -6,7 +6,7 @@ import random
 import pytest
 
 from runner.checkpoint.manifest import CommitId
-from runner.checkpoint.store import CommitInfo, Retention, ranked
+from runner.checkpoint.store import CommitInfo, Retention, best_first
 
 
 def known(attempt: int, step: int, *, objective: float | None = None, state: str = "verified") -> CommitInfo:
@@ -64,8 +64,8 @@ def test_the_best_stays(mode: str | None, step: int | None) -> None:
 def test_of_equal_ones_the_earlier_is_better_and_nan_never() -> None:
     values = {1: math.nan, 2: 0.5, 3: 0.5, 4: math.inf, 5: None}
     history = [known(1, step, objective=value) for step, value in values.items()]
-    assert [one.id.step for one in ranked(history, "min")] == [2, 3, 4]
-    assert [one.id.step for one in ranked(history, "max")] == [4, 2, 3]
+    assert [one.id.step for one in best_first(history, "min")] == [2, 3, 4]
+    assert [one.id.step for one in best_first(history, "max")] == [4, 2, 3]
 
 
 def test_of_a_repeated_step_only_the_newer_can_be_the_best() -> None:
@@ -73,7 +73,7 @@ def test_of_a_repeated_step_only_the_newer_can_be_the_best() -> None:
     again = [known(2, 30, objective=0.6), known(2, 50, objective=0.7)]
     undone = [known(1, 30, objective=0.8), known(1, 40, objective=0.9)]
     history = [known(1, 20, objective=0.5), *undone, *again]
-    assert [(one.id.attempt, one.id.step) for one in ranked(history, "max")] == [(2, 50), (2, 30), (1, 20)]
+    assert [(one.id.attempt, one.id.step) for one in best_first(history, "max")] == [(2, 50), (2, 30), (1, 20)]
 
 
 def test_a_damaged_checkpoint_is_not_the_best() -> None:

@@ -321,12 +321,14 @@ def test_a_staged_copy_keeps_ties_and_reuses_its_memory() -> None:
     weight = torch.arange(6.0).reshape(2, 3)
     staging = Staging()
     tensors = {"a": weight, "tied": weight, "view": weight.t(), "conj": torch.tensor([1j]).conj()}
-    staged = staging.stage(Snapshot(1, {}, tensors)).tensors
+    staging.stage(Snapshot(1, {}, tensors))
+    staged = staging.snapshot.tensors
     expected = {name: tensor.clone() for name, tensor in tensors.items()}
     weight.zero_()
     assert all(torch.equal(staged[name], expected[name]) for name in tensors)
     assert staged["a"].data_ptr() == staged["tied"].data_ptr()
-    again = staging.stage(Snapshot(2, {}, {**tensors, "a": weight, "tied": weight})).tensors
+    staging.stage(Snapshot(2, {}, {**tensors, "a": weight, "tied": weight}))
+    again = staging.snapshot.tensors
     assert {name: tensor.data_ptr() for name, tensor in again.items()} == {
         name: tensor.data_ptr() for name, tensor in staged.items()
     }

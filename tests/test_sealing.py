@@ -7,7 +7,7 @@ from hashlib import blake2b, sha256
 import pytest
 from faults import MemoryLocation, newest, save
 
-from runner.checkpoint.manifest import VARIABLE, digest, seal, unseal
+from runner.checkpoint.manifest import KEY_VARIABLE, digest, seal, unseal
 from runner.checkpoint.store import CheckpointStore
 from runner.errors import ConfigError
 
@@ -17,9 +17,9 @@ Keys = pytest.MonkeyPatch
 
 def use(keys: Keys, key: str | None) -> None:
     if key is None:
-        keys.delenv(VARIABLE, raising=False)
+        keys.delenv(KEY_VARIABLE, raising=False)
     else:
-        keys.setenv(VARIABLE, key)
+        keys.setenv(KEY_VARIABLE, key)
 
 
 @pytest.fixture
@@ -45,10 +45,10 @@ def test_a_commit_sealed_with_a_key_is_loaded_with_it(key: str | None, keys: Key
 @pytest.mark.parametrize(
     ("then", "now", "told"),
     [
-        (KEY, None, f"is sealed with a key, and {VARIABLE} is not set"),
-        (KEY, OTHER, f"is damaged, or sealed with another key than that in {VARIABLE}"),
-        (KEY, KEY + "\n", f"is damaged, or sealed with another key than that in {VARIABLE}"),
-        (None, KEY, f"is sealed without a key, and {VARIABLE} is set"),
+        (KEY, None, f"is sealed with a key, and {KEY_VARIABLE} is not set"),
+        (KEY, OTHER, f"is damaged, or sealed with another key than that in {KEY_VARIABLE}"),
+        (KEY, KEY + "\n", f"is damaged, or sealed with another key than that in {KEY_VARIABLE}"),
+        (None, KEY, f"is sealed without a key, and {KEY_VARIABLE} is set"),
     ],
 )
 def test_another_key_is_refused_with_the_cause(then: str | None, now: str | None, told: str, keys: Keys) -> None:

@@ -14,6 +14,7 @@ import pytest
 from lives import Ended, Lives
 
 from runner.config.secrets import find_secrets
+from runner.errors import RunnerError
 from runner.runs.__main__ import main
 
 USER = Path(__file__).parent / "user"
@@ -206,6 +207,12 @@ def test_a_failure_that_repeats_a_secret_does_not_show_it(where: str, nest: Nest
         assert "403 for" in ended.output
         assert CANARY not in ended.output
     assert nest.leaks() == []
+
+
+def test_lines_added_to_an_error_have_no_secrets() -> None:
+    error = RunnerError("failed")
+    error.extend("at https://user:hunter22@example.org")
+    assert error.args == ("failed\nat https://***@example.org",)
 
 
 def test_a_rotated_secret_is_no_drift(nest: Nest) -> None:

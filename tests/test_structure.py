@@ -49,9 +49,7 @@ def test_a_layer_made_in_the_first_forward(eager: bool, life: Lives, tmp_path: P
     ended = life(*command, "run.name=whole", cwd=USER)
     if not eager:
         assert ended.status == 1
-        assert "the state of step 3 is not saved, because no resume could load it: model/extra.weight is of shape" in (
-            ended.output
-        )
+        assert "because no resume could load it: model/extra.weight is a torch.float32 tensor" in ended.output
         return
     assert ended.status == 0, ended.output
     assert life(*command, "run.name=cut", cwd=USER, step=11).status is None
@@ -65,7 +63,7 @@ def test_a_layer_made_in_the_first_forward(eager: bool, life: Lives, tmp_path: P
     [
         ("add_foreign", "group 1 of the optimizer has a tensor of shape [5] that is no weight"),
         ("replace", "the optimizer of the update was replaced by another SGD"),
-        ("widen", "model/layers.4.weight is of shape [12, 64], torch.float32, and was built of shape [10, 64]"),
+        ("widen", "model/layers.4.weight is a torch.float32 tensor of shape [12, 64], and was a torch.float32 tensor"),
         ("untie", "model/layers.4.weight was replaced, and the optimizer still trains the tensor before"),
         ("nothing", ""),
     ],
@@ -141,7 +139,7 @@ def test_a_commit_with_nan_names_the_last_that_is_finite(life: Lives, tmp_path: 
     spoiled = Snapshot.of(newest.step, parts, **checkpoint.facts)
     store.commit(spoiled, attempt=newest.attempt + 1, require_newest=lambda: None)
     ended = life(*command, cwd=USER)
-    assert (ended.status, "step 12 was saved with layers.4.bias that is NaN or inf" in ended.output) == (1, True)
+    assert (ended.status, "step 12 was saved with NaN or infinity in layers.4.bias" in ended.output) == (1, True)
     assert "A new run can begin from its step 9:" in ended.output, "a step is that of its newest commit"
     ended = life(*pasted(ended.output), cwd=USER)
     assert (ended.status, "forked from step 9 of" in ended.output) == (0, True), ended.output

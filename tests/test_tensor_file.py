@@ -12,7 +12,7 @@ from torch import Tensor
 from runner.checkpoint.checkpoint import Reader, TensorBytes
 from runner.checkpoint.manifest import digest
 from runner.checkpoint.sharding import Box, FileGroup
-from runner.checkpoint.tensor_file import BLOCK, Damaged, Kind, SafetensorsFile, StoredFile, bytes_of, in_order
+from runner.checkpoint.tensor_file import BLOCK, Damaged, Kind, SafetensorsFile, StoredFile, bytes_of, in_file_order
 from runner.errors import StateError
 from runner.storage import LocalLocation
 
@@ -86,7 +86,7 @@ def write(location: LocalLocation, found: dict[str, Tensor]) -> Written:
     kinds = {name: Kind.of(tensor, tuple(tensor.shape), name) for name, tensor in found.items()}
     file = SafetensorsFile(found, metadata={"step": "7"})
     size = location.put(FILE, file.chunks())
-    return Written(FileGroup((), {name: kinds[name] for name in in_order(kinds)}), file.stored(size), location)
+    return Written(FileGroup((), {name: kinds[name] for name in in_file_order(kinds)}), file.stored(size), location)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from runner.checkpoint.store import CheckpointStore
+    from runner.errors import EvaluationFailed
     from runner.run.directory import RunDirectory
     from runner.state import TrainState
 
@@ -37,7 +38,7 @@ class Loop:
     rate: float = 0.0  # the learning rate of the step
     evaluation: Mapping[str, float | str] | None = None  # the report of an evaluation after this step
     evaluation_due: bool = False  # the evaluation after this step was interrupted; the resumed run repeats it
-    failure: Exception | None = None  # of the evaluation after this step, which is then also due
+    failure: EvaluationFailed | None = None  # of the evaluation after this step, which is then also due
     objective: float | None = None  # its value in this evaluation
     improved: bool = False  # this evaluation is one of the best so far by the objective
     save: bool = False  # set in on_step, in all processes: commit this step, and wait until that is done
@@ -93,7 +94,7 @@ class Callback:
 
     def on_start(self, loop: Loop) -> None:
         """Before the first step of this attempt: at step 0, or right after a restore. ``loop.evaluation`` is set if the
-        previous attempt was interrupted before or during it; ``on_step`` then follows for the step restored.
+        previous attempt did not finish the evaluation after the restored step; ``on_step`` then follows for this step.
         """
 
     def on_step_start(self, loop: Loop) -> None:
@@ -184,7 +185,7 @@ def observed_by(*more: Observer) -> Iterator[None]:
             observers.remove(observer)
 
 
-def overriding(callbacks: Iterable[Callback], moment: str) -> list[Callable[..., Any]]:
+def methods_for(callbacks: Iterable[Callback], moment: str) -> list[Callable[..., Any]]:
     """The methods for a ``moment``, such as ``"on_step"``, of the callbacks that override it, by their class or by an
     attribute of the instance, in their order.
     """
@@ -195,5 +196,5 @@ def overriding(callbacks: Iterable[Callback], moment: str) -> list[Callable[...,
 
 def notify(callbacks: Iterable[Callback], moment: str, *arguments: Any) -> None:
     """Call the methods for a ``moment``."""
-    for call in overriding(callbacks, moment):
+    for call in methods_for(callbacks, moment):
         call(*arguments)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from runner.callbacks.base import Loop, Observer, TrainingSetup
 from runner.data.probe import leaves
+from runner.optimizers import parameter_counts
 from runner.state import TrainState
 
 STEPS = 2  # of which the second is measured: the first one compiles and allocates
@@ -35,9 +36,7 @@ class DryRun(Observer):
 
     def on_resume(self, state: TrainState) -> None:
         """Counts the weights."""
-        weights = [*state.model.parameters()]
-        self._parameters = sum(weight.numel() for weight in weights)
-        self._trained = sum(weight.numel() for weight in weights if weight.requires_grad)
+        self._parameters, self._trained = parameter_counts(state.model)
 
     def on_step_start(self, loop: Loop) -> None:
         self._began, self._waited = time.monotonic(), loop.state.stream.waited
@@ -56,7 +55,7 @@ class DryRun(Observer):
 
     def on_step(self, loop: Loop) -> None:
         if self._attempt == 1 and loop.step >= STEPS:
-            loop.stop = "SIGTERM"  # committed, and not finished
+            loop.stop = "SIGTERM"  # the step is committed, and the run not finished: the next attempt resumes
 
     def summary(self, folder: Path) -> Iterator[str]:
         """Lines for the log, for the run below ``folder``."""

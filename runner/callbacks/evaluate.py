@@ -58,21 +58,21 @@ class Evaluator:
     def __post_init__(self) -> None:
         self._changed: set[str] = set()  # names of weights and buffers whose change was warned of
 
-    def validate(self, state: TrainState) -> dict[str, float | str]:
+    def evaluate_validation(self, state: TrainState) -> dict[str, float | str]:
         """The report on all validation sets after a step. Raises as ``evaluate`` does."""
         key = derive("evaluation", self.seed, state.progress.step)
         options = {"trained": state.model, "metric": self.metric, "changed": self._changed}
         return self._report(self.task, state.evaluated_model, self.validation, key, **options)
 
-    def measure(self, state: TrainState) -> dict[str, float | str]:
+    def evaluate_test(self, state: TrainState) -> dict[str, float | str]:
         """The report on all test sets; every step is committed. Raises Interrupted and EvaluationFailed."""
         try:
             return self._report(self.task, state.evaluated_model, self.test, derive("test", self.seed))
         except EvaluationInterrupted:
             raise self._interrupted("in the evaluation of data.test, before which every step was committed") from None
         except EvaluationFailed as error:
-            remedy = "Every step is committed: correct the code, and run the same command again"
-            error.args = (f"data.test: {error}\n{remedy}",)
+            remedy = "Correct the code, and run the same command again"
+            error.extend(f"This is the evaluation of data.test, before which every step was committed. {remedy}")
             raise
         finally:
             self.team.disarm_timeout()
@@ -101,7 +101,7 @@ class Evaluator:
                 raise self._interrupted("during start-up, nothing to commit") from None
             except EvaluationFailed as error:
                 where = f"the first {batches} batches of each evaluation set, without a trace, before the first step"
-                error.args = (f"{error}\nThis is the evaluation of {where} (runtime.check_batches; 0 leaves it out)",)
+                error.extend(f"This is the evaluation of {where} (runtime.check_batches; 0 leaves it out)")
                 raise
         self.team.disarm_timeout()
 
@@ -119,9 +119,7 @@ class Evaluator:
         return report
 
     def _interrupted(self, where: str) -> Interrupted:
-        error = Interrupted(f"{self.team.stop} {where}; run the same command again to continue")
-        error.agreed = True
-        return error
+        return Interrupted(f"{self.team.stop} {where}; run the same command again to continue", agreed=True)
 
 
 @dataclass(eq=False)
@@ -147,7 +145,7 @@ class Evaluate(Callback):
         if loop.step == self.step or not (due or loop.stop is not None):
             return
         try:
-            loop.evaluation = report = self.evaluator.validate(loop.state)
+            loop.evaluation = report = self.evaluator.evaluate_validation(loop.state)
         except EvaluationInterrupted:
             loop.evaluation_due = True
             return
@@ -166,14 +164,12 @@ class Evaluate(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.scalars = state["step"], state["scalars"]
-        saved, sets = state.get("data", {}), self.evaluator.validation
-        saved = {"val": saved} if "length" in saved else saved
-        changes = {name: data.changes(saved[name]) for name, data in sets.items() if name in saved}
-        if changed := [f"{name.partition('/')[2]} {line}".lstrip() for name in changes for line in changes[name]]:
-            text = (
-                "changed  data.validation is not what it was; earlier results and the best are of the former data: %s"
-            )
-            log.warning(text, printable("; ".join(changed)))
+        earlier, sets = state.get("data", {}), self.evaluator.validation
+        earlier = {"val": earlier} if "length" in earlier else earlier
+        changes = {name: data.changes(earlier[name]) for name, data in sets.items() if name in earlier}
+        if lines := [f"{name.partition('/')[2]} {line}".lstrip() for name in changes for line in changes[name]]:
+            text = "changed  data.validation is not what it was; earlier results and the best are of the former data: "
+            log.warning("%s%s", text, printable("; ".join(lines)))
 
 
 @dataclass(eq=False)
@@ -211,7 +207,7 @@ class Best(Callback):
     def on_step(self, loop: Loop) -> None:
         if loop.evaluation is not None:
             loop.objective = value = objective(loop.evaluation, self.metric)
-            if better(value, self.value, self.mode):
+            if better(value, self.value, self.mode):  # of equal values the earlier step stays, as in the store
                 self.value, self.step = value, loop.step
             worst = self.values[self.keep - 1] if len(self.values) >= self.keep else math.nan
             if better(value, worst, self.mode):

@@ -78,8 +78,8 @@ class Webhook(Observer):
     on_step = on_start
 
     def on_finish(self, directory: RunDirectory, result: Mapping[str, Any]) -> None:
-        kept = ("step", "reason", "metrics", "objective", "seconds")
-        self._post("finished", f"step {result['step']}", result={key: result[key] for key in kept})
+        keys = ("step", "reason", "metrics", "objective", "seconds")
+        self._post("finished", f"step {result['step']}", result={key: result[key] for key in keys})
 
     def on_error(self, error: Exception) -> None:
         status = "interrupted" if isinstance(error, Interrupted) else "failed"

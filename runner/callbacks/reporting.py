@@ -22,6 +22,7 @@ from runner.errors import Interrupted, NonFiniteError
 from runner.evaluation import same_for_all
 from runner.metrics import tensorboard
 from runner.metrics.writer import MetricWriters
+from runner.plain import numbers_text
 from runner.run.attempts import Attempt
 from runner.run.directory import RunDirectory
 from runner.task import Task, check_metrics
@@ -58,9 +59,9 @@ class FiniteLoss(Callback):
 
     def check(self) -> None:
         """Raise NonFiniteError if a loss since the last check was not finite."""
-        unchecked, self._unchecked = self._unchecked, []
-        losses: list[Any] = torch.stack([loss for *_, loss in unchecked]).tolist() if unchecked else []
-        for (step, first, last, _), loss in zip(unchecked, losses, strict=True):
+        steps, self._unchecked = self._unchecked, []
+        losses: list[Any] = torch.stack([loss for *_, loss in steps]).tolist() if steps else []
+        for (step, first, last, _), loss in zip(steps, losses, strict=True):
             if not math.isfinite(loss):
                 raise NonFiniteError(
                     f"the loss of step {step} is {loss}; its samples are at positions {first} to {last}. "
@@ -214,10 +215,10 @@ class ShowProgress(Callback):
         self._terminal = sys.stderr is not None and sys.stderr.isatty()  # None if it was closed before the start
         self._every = _BAR_SECONDS if self._terminal else _LINE_SECONDS
         self._bar: tqdm[Any] | None = None
-        self._drawn = (0, 0.0)  # step and time of the last update
+        self._last_draw = (0, 0.0)  # step and time of the last update
 
     def on_start(self, loop: Loop) -> None:
-        self._drawn = (loop.step, time.monotonic())
+        self._last_draw = (loop.step, time.monotonic())
         if self._terminal:
             self._bar = tqdm(
                 total=loop.max_steps, initial=loop.step, unit="step", dynamic_ncols=True, mininterval=0, miniters=1
@@ -226,7 +227,7 @@ class ShowProgress(Callback):
 
     def on_step(self, loop: Loop) -> None:
         now = time.monotonic()
-        if now - self._drawn[1] >= self._every:
+        if now - self._last_draw[1] >= self._every:
             self._draw(loop, now)
         self._log_evaluation(loop)
 
@@ -236,16 +237,16 @@ class ShowProgress(Callback):
             self._bar.close()
 
     def _draw(self, loop: Loop, now: float) -> None:
-        (step, since), self._drawn = self._drawn, (loop.step, now)
-        shown = self._metrics(loop)
+        (step, since), self._last_draw = self._last_draw, (loop.step, now)
+        metrics = self._metrics(loop)
         if self._bar is not None:
-            self._bar.set_postfix_str(shown, refresh=False)
+            self._bar.set_postfix_str(metrics, refresh=False)
             self._bar.update(loop.step - self._bar.n)
             return
         rate, total, left = (loop.step - step) / (now - since), "", ""
         if loop.max_steps:
             total, left = f"/{loop.max_steps}", f", {(loop.max_steps - loop.step) / rate:.0f} s left"
-        log.info("step %d%s: %s, %.1f steps/s%s", loop.step, total, shown, rate, left)
+        log.info("step %d%s: %s, %.1f steps/s%s", loop.step, total, metrics, rate, left)
 
     def _metrics(self, loop: Loop) -> str:
         """The metrics of the step that are to be shown, as many as fit the line."""
@@ -263,8 +264,7 @@ class ShowProgress(Callback):
             return
         if self._bar is not None:
             self._bar.clear()
-        numbers = ", ".join(f"{name} {n:.4g}" for name, n in loop.evaluation.items() if not isinstance(n, str))
-        log.info("step %d: %s", loop.step, numbers)
+        log.info("step %d: %s", loop.step, numbers_text(loop.evaluation))
         if self._bar is not None:
             self._bar.refresh()
 
@@ -274,7 +274,7 @@ class NoteProgress(Callback):
     """Puts the step into the heartbeat, from which other commands show the progress, and the next attempt counts the
     steps that were lost.
 
-    Raises Superseded at the first step after the heartbeat noticed that another attempt took the run over.
+    Raises Superseded once the heartbeat has noticed that another attempt has taken over the run.
     """
 
     attempt: Attempt

@@ -6,7 +6,7 @@ from torch import nn
 
 from runner.callbacks.base import Callback, Loop, TrainingSetup
 from runner.errors import ConfigError
-from runner.optimizers import Patterns, by_name, matching
+from runner.optimizers import Patterns, by_name, matching, weights_of
 from runner.state import TrainState
 
 
@@ -27,12 +27,7 @@ class Unfreeze(Callback):
     def on_build(self, setup: TrainingSetup) -> None:
         """Find the weights, and freeze them."""
         weights = dict(setup.state.model.named_parameters())
-        trained = {
-            id(weight)
-            for optimizer in by_name(setup.state.optimizer).values()
-            for group in optimizer.param_groups
-            for weight in group["params"]
-        }
+        trained = {id(weight) for weight in weights_of(by_name(setup.state.optimizer).values())}
         left = {*weights}  # a weight belongs to the first step that names it
         for step, patterns in self.schedule.items():
             names = left.intersection(matching(weights, patterns, f"Unfreeze, step {step}"))

@@ -21,8 +21,8 @@ from runner.distributed.communicator import SINGLE_PROCESS, Communicator, on_all
 from runner.errors import StateError
 from runner.storage.location import Location
 
-_BLOCKS_PER_READ = 8
-_READERS = 8
+_BLOCKS_PER_READ = 8  # of a MiB each
+_READERS = 8  # threads
 
 # (file, number of the block) -> memory for pieces of the block by their offsets. The rest is read, too, for the digest.
 _Blocks = dict[tuple[str, int], list[tuple[int, memoryview]]]
@@ -90,7 +90,7 @@ class Reader:
             else:
                 runs.append([(file, number)])
         with ThreadPoolExecutor(_READERS) as pool:
-            list(pool.map(lambda run: self._read(run, blocks), runs))
+            list(pool.map(lambda run: self._read(run, blocks), runs))  # raises their errors
 
     def _read(self, run: list[tuple[str, int]], blocks: _Blocks) -> None:
         name, first = run[0]
@@ -253,7 +253,7 @@ def parse(commit: CommitId, manifest: Mapping[str, Any], location: Location, com
         raise Damaged(f"{commit.commit} is not a manifest of this format: {error!r}") from error
 
 
-def objective(facts: Mapping[str, Any]) -> float | None:
+def objective_of(facts: Mapping[str, Any]) -> float | None:
     """The value of the objective among the facts of a commit, if there is one."""
     value = facts.get("objective")
     return float(value) if isinstance(value, int | float) else None

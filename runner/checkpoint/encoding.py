@@ -48,7 +48,7 @@ def decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
         return {key: decode(item, tensor) for key, item in value.items()}
     match value[_TAG]:
         case "tensor":
-            return _trained(tensor(value["name"])) if value.get("trained") else tensor(value["name"])
+            return _with_gradients(tensor(value["name"])) if value.get("trained") else tensor(value["name"])
         case "tuple":
             return tuple(decode(item, tensor) for item in value["items"])
         case "float":
@@ -88,7 +88,7 @@ def in_memory_order(tensor: Tensor, order: Any) -> Tensor:
 
 def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
-        _add(value, path, tensors)
+        _add_tensor(value, path, tensors)
         trained, order = {"trained": True} if value.requires_grad and value.is_leaf else {}, _order(value)
         return {_TAG: "tensor", "name": path, **trained, **({} if order is None else {"order": order})}
     if isinstance(value, float) and not isinstance(value, Enum):
@@ -118,19 +118,19 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _ordered(items: dict[Any, Any], versions: Any) -> OrderedDict[Any, Any]:
-    ordered = OrderedDict(items)
+    state = OrderedDict(items)
     if versions is not None:
-        ordered._metadata = versions  # type: ignore[attr-defined]
-    return ordered
+        state._metadata = versions  # type: ignore[attr-defined]
+    return state
 
 
-def _trained(tensor: Tensor) -> Tensor:
+def _with_gradients(tensor: Tensor) -> Tensor:
     if not (tensor.is_floating_point() or tensor.is_complex()):
-        raise ValueError(f"a {tensor.dtype} tensor that is trained")
+        raise ValueError(f"a {tensor.dtype} tensor that requires gradients")
     return tensor.detach().requires_grad_()  # the same tensor may be part of the state as it is, too
 
 
-def _add(tensor: Tensor, path: str, tensors: dict[str, Tensor]) -> None:
+def _add_tensor(tensor: Tensor, path: str, tensors: dict[str, Tensor]) -> None:
     """Add a tensor. Raises StateError unless each element has bytes of its own: a subclass that wraps other tensors
     (quantised ones, say) would come back as a plain tensor, and no module can load into an expanded tensor.
     """

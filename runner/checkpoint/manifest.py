@@ -25,7 +25,7 @@ from runner.hashing import checksum, sha256_digest
 from runner.plain import is_deep
 from runner.storage.location import Buffer, Location
 
-VARIABLE = "HYDRA_RUNNER_SEALING_KEY"
+KEY_VARIABLE = "HYDRA_RUNNER_SEALING_KEY"
 
 
 def seal_of(body: bytes) -> bytes:
@@ -41,9 +41,9 @@ def digest(*data: Buffer) -> str:
 
 
 def _key() -> bytes | None:
-    value = os.environ.get(VARIABLE)
+    value = os.environ.get(KEY_VARIABLE)
     if value == "":
-        raise ConfigError(f"{VARIABLE} is set and empty; give it a key, or unset it to seal without one")
+        raise ConfigError(f"{KEY_VARIABLE} is set and empty; give it a key, or unset it to seal without one")
     return None if value is None else os.fsencode(value)
 
 
@@ -128,16 +128,16 @@ def unseal(raw: bytes) -> dict[str, Any] | None:
     return manifest if isinstance(manifest, dict) and not is_deep(manifest, MAX_DEPTH) else None
 
 
-def why_not(raw: bytes) -> str:
+def seal_problem(raw: bytes) -> str:
     """Why a manifest does not unseal, in words."""
     kind, _, rest = _split(raw)[1].rstrip(b"\n").partition(b":")
     keyed = _key() is not None
     if kind == b"hmac-sha256" and not keyed:
-        return f"is sealed with a key, and {VARIABLE} is not set"
+        return f"is sealed with a key, and {KEY_VARIABLE} is not set"
     if kind == b"hmac-sha256" and len(rest) == 64:
-        return f"is damaged, or sealed with another key than that in {VARIABLE}"
+        return f"is damaged, or sealed with another key than that in {KEY_VARIABLE}"
     if kind == b"sha256" and keyed:
-        return f"is sealed without a key, and {VARIABLE} is set"
+        return f"is sealed without a key, and {KEY_VARIABLE} is set"
     return "does not unseal"
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from runner.checkpoint.manifest import MAX_TENSORS
-from runner.checkpoint.tensor_file import Damaged, Kind, in_order, memory_key
+from runner.checkpoint.tensor_file import Damaged, Kind, in_file_order, memory_key
 from runner.distributed.communicator import Communicator
 from runner.errors import StateError
 
@@ -86,7 +86,7 @@ def shard(tensors: Mapping[str, Any], comm: Communicator) -> dict[str, LocalShar
         cell: Any = ((), 0, comm.size, comm.rank, ())
         if is_distributed(tensor):
             try:
-                cell = _cell(tensor.device_mesh, tensor.placements, comm.size)
+                cell = _cell_fields(tensor.device_mesh, tensor.placements, comm.size)
             except ValueError as error:
                 raise StateError(f"cannot save {name}: {error}") from None
         shards[name] = LocalShard(local(tensor), tuple(tensor.shape), *cell)
@@ -133,12 +133,12 @@ def cells_in(box: Box, shape: tuple[int, ...], cuts: Cuts) -> Iterator[tuple[int
     if not cuts:
         yield 0, Box.whole(shape), box
         return
-    touched = []
+    ranges = []
     for dimension, count in cuts:
         width = -(-shape[dimension] // count)
         last = box.offset[dimension] + box.shape[dimension] - 1
-        touched.append(range(box.offset[dimension] // width, last // width + 1))
-    for indices in product(*touched):
+        ranges.append(range(box.offset[dimension] // width, last // width + 1))
+    for indices in product(*ranges):
         number = 0
         for index, (_, count) in zip(indices, cuts, strict=True):
             number = number * count + index
@@ -149,7 +149,7 @@ def cells_in(box: Box, shape: tuple[int, ...], cuts: Cuts) -> Iterator[tuple[int
 
 
 @lru_cache(maxsize=256)
-def _cell(mesh: Any, placements: tuple[Any, ...], size: int) -> tuple[Cuts, int, int, int, Any]:
+def _cell_fields(mesh: Any, placements: tuple[Any, ...], size: int) -> tuple[Cuts, int, int, int, Any]:
     """The fields of ``LocalShard`` from ``cuts`` on, for a tensor that is placed like this on a mesh."""
     coordinate = mesh.get_coordinate()
     if coordinate is None or mesh.size() != size:
@@ -205,11 +205,11 @@ class FileGroup:
         for name, kind in self.tensors.items():
             more = self._bytes(name, 0)
             if tensors and filled + more > size:
-                yield FileGroup(self.cuts, in_order(tensors))
+                yield FileGroup(self.cuts, in_file_order(tensors))
                 tensors, filled = {}, 0
             tensors[name] = kind
             filled += more
-        yield FileGroup(self.cuts, in_order(tensors))
+        yield FileGroup(self.cuts, in_file_order(tensors))
 
     def _bytes(self, name: str, number: int) -> int:
         kind = self.tensors[name]
@@ -269,7 +269,7 @@ def plan(shards: Mapping[str, LocalShard], own: Mapping[str, Tensor]) -> WritePl
             if tensors:
                 groups.append(FileGroup(like.cuts, tensors))
     alone = {name: Kind.of(tensor, tuple(tensor.shape), name) for name, tensor in own.items()}
-    return WritePlan(tuple(groups), written, aliases, FileGroup((), in_order(alone)))
+    return WritePlan(tuple(groups), written, aliases, FileGroup((), in_file_order(alone)))
 
 
 def _spread(kinds: Mapping[str, Kind], cuts: Cuts, ways: int) -> Iterable[dict[str, Kind]]:

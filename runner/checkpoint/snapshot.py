@@ -1,5 +1,5 @@
 """The state at a step on its way to the storage: its copy in host memory, the thread that commits copies one at a time,
-what each rank reports of the files that it wrote, and the manifest made of all reports.
+the record that each rank makes of its files, and the manifest made of all records.
 
 The copy is the only part of saving for which training waits. Every rank has such a thread. Rank 0 takes the copy that
 waits and announces its step; the threads of the other ranks wait for that and write their copy of the same step.
@@ -22,12 +22,12 @@ from runner.checkpoint.tensor_file import StoredFile, bytes_of, memory_key
 from runner.distributed.communicator import SINGLE_PROCESS, Communicator, PerRank
 from runner.errors import StateError
 
-Report = dict[str, Any]  # what a rank wrote; JSON
+RankFiles = dict[str, Any]  # what a rank wrote; JSON
 
 # Before a commit, ranks compare the state that all must have alike. The trained parts are large, and alike because the
 # gradients are; only a few weights are compared, which shows an update that draws different numbers on each rank.
-_TRAINED = {"model", "optimizer", "average"}
-_COMPARED_WEIGHTS, _COMPARED_OF_WEIGHT = 16, 64
+_LARGE_PARTS = {"model", "optimizer", "average"}
+_COMPARED_WEIGHTS, _COMPARED_OF_WEIGHT = 16, 64  # weights, and elements of each
 _COMPARED_OF_TENSOR = 1 << 18  # elements of any other tensor
 
 
@@ -53,33 +53,33 @@ class Snapshot:
     ) -> "Snapshot":
         """Encode the state dicts of ``parts``. Raises StateError for what cannot be restored exactly."""
         own = {name for name, state in parts.items() if isinstance(state, PerRank) and comm.size > 1}
-        encoded = {n: encode(state, f"{n}/{comm.rank}" if n in own else n) for n, state in parts.items()}
-        values = {name: value for name, (value, _) in encoded.items() if name not in own}
+        states = {n: encode(state, f"{n}/{comm.rank}" if n in own else n) for n, state in parts.items()}
+        values = {name: value for name, (value, _) in states.items() if name not in own}
         shared: dict[str, Tensor] = {}
         alone: dict[str, Tensor] = {}
-        for name, (_, tensors) in encoded.items():
+        for name, (_, tensors) in states.items():
             (alone if name in own else shared).update(tensors)
-        encoded_facts = encode(facts, "facts")[0]
+        facts = encode(facts, "facts")[0]
         if comm.size == 1:
-            return cls(step, values, {name: local(tensor) for name, tensor in shared.items()}, encoded_facts)
+            return cls(step, values, {name: local(tensor) for name, tensor in shared.items()}, facts)
         shards = shard(shared, comm)
         write = plan(shards, alone)
-        written = {name: alone[name] if name in alone else shards[name].local for name in write.names()}
-        compared = [name for name in values if name.partition(".")[0] not in _TRAINED]
-        contents = {name: _content(encoded[name][1].values()) for name in compared}
+        output = {name: alone[name] if name in alone else shards[name].local for name in write.names()}
+        small = [name for name in values if name.partition(".")[0] not in _LARGE_PARTS]
+        contents = {name: _content_digest(states[name][1].values()) for name in small}
         weights = [tensor for name, tensor in shared.items() if name.startswith("model/")]
         weights = weights[:: max(1, len(weights) // _COMPARED_WEIGHTS)]
-        contents["weights"] = _content(weights, most=_COMPARED_OF_WEIGHT)
-        return cls(step, values, written, encoded_facts, {name: encoded[name][0] for name in own}, write, contents)
+        contents["weights"] = _content_digest(weights, most=_COMPARED_OF_WEIGHT)
+        return cls(step, values, output, facts, {name: states[name][0] for name in own}, write, contents)
 
 
-def _content(tensors: Iterable[Tensor], *, most: int = _COMPARED_OF_TENSOR) -> str:
+def _content_digest(tensors: Iterable[Tensor], *, most: int = _COMPARED_OF_TENSOR) -> str:
     """A digest of the first ``most`` elements of each tensor."""
-    firsts = (tensor.reshape(-1)[:most].cpu() for tensor in tensors if not is_distributed(tensor))
-    return digest(*(bytes_of(first.resolve_conj().resolve_neg().contiguous()) for first in firsts))
+    pieces = (tensor.reshape(-1)[:most].cpu() for tensor in tensors if not is_distributed(tensor))
+    return digest(*(bytes_of(piece.resolve_conj().resolve_neg().contiguous()) for piece in pieces))
 
 
-def report(snapshot: Snapshot, plan: WritePlan, files: Sequence[tuple[str, StoredFile]]) -> Report:
+def rank_files(snapshot: Snapshot, plan: WritePlan, files: Sequence[tuple[str, StoredFile]]) -> RankFiles:
     """What this rank wrote: ``files`` are those of ``plan.written``, and a last one for the tensors that only it has;
     and digests of the state that all ranks have alike.
     """
@@ -89,15 +89,15 @@ def report(snapshot: Snapshot, plan: WritePlan, files: Sequence[tuple[str, Store
     }
     if snapshot.plan is None:
         return entries
-    return entries | {"tensors": _kinds(plan.own), "own": snapshot.own, "alike": _alike(snapshot, plan)}
+    return entries | {"tensors": _kinds(plan.own), "own": snapshot.own, "alike": _part_digests(snapshot, plan)}
 
 
-def assemble(commit: CommitId, snapshot: Snapshot, plan: WritePlan, reports: Sequence[Report]) -> dict[str, Any]:
+def assemble(commit: CommitId, snapshot: Snapshot, plan: WritePlan, ranks: Sequence[RankFiles]) -> dict[str, Any]:
     """The manifest of what all ranks wrote. Raises StateError where they do not have the same state."""
     files: dict[tuple[int, int], list[Any]] = {}
     own: list[tuple[dict[str, Any], list[Any]]] = []
-    for rank, entries in enumerate(reports):
-        _require_alike(rank, entries, reports[0])
+    for rank, entries in enumerate(ranks):
+        _require_alike(rank, entries, ranks[0])
         for (number, cell), file in zip(entries["shelves"], entries["files"], strict=False):
             assert (number, cell) not in files, "two ranks wrote the same"
             files[number, cell] = file
@@ -109,12 +109,12 @@ def assemble(commit: CommitId, snapshot: Snapshot, plan: WritePlan, reports: Seq
         "format": FORMAT,
         "attempt": commit.attempt,
         "step": commit.step,
-        "ranks": len(reports),
+        "ranks": len(ranks),
         "files": {name: fields for name, *fields in (*ordered, *(file for _, file in own))},
         "shelves": [*groups, *({"cuts": (), "tensors": tensors} for tensors, _ in own)],
         "same": plan.aliases,
         "parts": snapshot.parts
-        | {part: {"$": "ranks", "items": [entries["own"][part] for entries in reports]} for part in snapshot.own},
+        | {part: {"$": "ranks", "items": [entries["own"][part] for entries in ranks]} for part in snapshot.own},
         "facts": snapshot.facts,
     }
 
@@ -123,7 +123,7 @@ def _kinds(group: FileGroup) -> dict[str, Any]:
     return {name: [kind.dtype, kind.shape] for name, kind in group.tensors.items()}
 
 
-def _alike(snapshot: Snapshot, plan: WritePlan) -> dict[str, str]:
+def _part_digests(snapshot: Snapshot, plan: WritePlan) -> dict[str, str]:
     """A digest of each part: of its values, and of its tensors' names, shapes, places and contents."""
     lines: dict[str, list[str]] = {part: [json.dumps(value)] for part, value in snapshot.parts.items()}
     for number, group in enumerate(plan.groups):
@@ -136,7 +136,7 @@ def _alike(snapshot: Snapshot, plan: WritePlan) -> dict[str, str]:
     return {part: digest("\n".join(text).encode()) for part, text in lines.items()}
 
 
-def _require_alike(rank: int, entries: Report, first: Report) -> None:
+def _require_alike(rank: int, entries: RankFiles, first: RankFiles) -> None:
     digests, expected = entries.get("alike", {}), first.get("alike", {})
     differing = [part for part in {**expected, **digests} if expected.get(part) != digests.get(part)]
     if differing:
@@ -160,10 +160,9 @@ class Staging:
         self._buffers: dict[str, Tensor] = {}
         self._copied: list[torch.cuda.Event] = []  # one for each device that holds a part of the state
 
-    def stage(self, snapshot: Snapshot, *, exact: bool = False, weights: Collection[str] = ()) -> Snapshot:
-        """The snapshot with its tensors as they are at this moment, on the host. From CUDA they are copied into pinned
-        memory in the order of the stream: kernels launched later see the copy done. This thread does not wait for it;
-        ``wait`` does.
+    def stage(self, snapshot: Snapshot, *, exact: bool = False, weights: Collection[str] = ()) -> None:
+        """Copy the snapshot, with its tensors as they are at this moment. From CUDA they come into pinned memory in the
+        order of the stream: kernels launched later cannot change the copy. ``wait`` waits for it.
         """
         tensors, first = snapshot.tensors, dict[object, str]()
         alias = {name: first.setdefault(memory_key(tensor), name) for name, tensor in tensors.items()}
@@ -181,7 +180,6 @@ class Staging:
         self._copied = [torch.cuda.current_stream(device).record_event() for device in devices]
         self.snapshot = replace(snapshot, tensors={name: buffers[alias[name]] for name in tensors})
         self.exact, self.weights = exact, weights
-        return self.snapshot
 
     def wait(self) -> None:
         """Return when everything that was staged has arrived."""

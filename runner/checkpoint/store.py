@@ -17,19 +17,19 @@ from dataclasses import dataclass
 
 from runner.activity import doing
 from runner.checkpoint import manifest as manifests
-from runner.checkpoint.checkpoint import Checkpoint, no_tensor, objective, parse
+from runner.checkpoint.checkpoint import Checkpoint, no_tensor, objective_of, parse
 from runner.checkpoint.encoding import decode
 from runner.checkpoint.manifest import CommitId
 from runner.checkpoint.sharding import FileGroup, WritePlan, plan, shard
-from runner.checkpoint.snapshot import Report, Snapshot, assemble, report
+from runner.checkpoint.snapshot import RankFiles, Snapshot, assemble, rank_files
 from runner.checkpoint.tensor_file import Damaged, SafetensorsFile, StoredFile
 from runner.config.schema import LEAST_KEPT
 from runner.distributed.communicator import SINGLE_PROCESS, Communicator, gather, on_all_ranks, on_rank_zero
 from runner.errors import StorageError
 from runner.storage.location import Location
 
-SURVEYED_MANIFESTS = 64  # manifests that are read for one retention: the next save waits for it
-_READERS = 8
+SURVEYED_MANIFESTS = 64  # manifests that one ``retain`` reads at most: the next save waits for it
+_READERS = 8  # threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +59,11 @@ class Retention:
         return self.every_steps is not None and step % self.every_steps == 0
 
     def reasons(self, commits: Iterable[CommitInfo]) -> dict[CommitId, str]:
-        """The commits to keep, the newest first, each with the reason in a few words: at least two verified ones, and
-        all if there are fewer.
+        """The commits to keep, the newest first, each with the reason in a few words. At least two verified ones are
+        among them; where there are fewer, all stay.
         """
         newest_first = sorted(commits, key=lambda commit: commit.id, reverse=True)
-        best = {commit.id for commit in ranked(newest_first, self.mode)[: self.best]}
+        best = {commit.id for commit in best_first(newest_first, self.mode)[: self.best]}
         reasons: dict[CommitId, str] = {}
         verified, pinned = 0, set[int]()
         for commit in newest_first:
@@ -81,7 +81,7 @@ class Retention:
         return reasons
 
 
-def ranked(commits: Sequence[CommitInfo], mode: str | None) -> list[CommitInfo]:
+def best_first(commits: Sequence[CommitInfo], mode: str | None) -> list[CommitInfo]:
     """The undamaged commits with an objective, the best first, of equal ones the earlier step. Empty without a
     ``mode``.
 
@@ -136,11 +136,11 @@ class CheckpointStore:
 
         commit = CommitId(attempt, snapshot.step, on_rank_zero(self.comm, begin))
         write = (snapshot.plan or plan(shard(snapshot.tensors, SINGLE_PROCESS), {})).split(self.location.part_bytes)
-        reports = gather(self.comm, lambda: self._put(commit, snapshot, write))
+        records = gather(self.comm, lambda: self._put(commit, snapshot, write))
 
         def conclude() -> None:
-            assert reports is not None
-            raw = manifests.seal(assemble(commit, snapshot, write, reports))
+            assert records is not None
+            raw = manifests.seal(assemble(commit, snapshot, write, records))
             self.damaged.add(commit)  # until its put returns: retention must not count a torn manifest as a checkpoint
             self._unsent.discard(commit)
             self._uncertain[commit] = raw
@@ -152,7 +152,7 @@ class CheckpointStore:
 
         on_rank_zero(self.comm, conclude)
         self.verified.add(commit)
-        self._objectives[commit] = objective(decode(snapshot.facts, no_tensor))
+        self._objectives[commit] = objective_of(decode(snapshot.facts, no_tensor))
         return commit
 
     def _settle(self) -> None:
@@ -174,7 +174,7 @@ class CheckpointStore:
                         self.location.remove(f"data/{entry.name}")
                 self._unsent.clear()
 
-    def _put(self, commit: CommitId, snapshot: Snapshot, write: WritePlan) -> Report:
+    def _put(self, commit: CommitId, snapshot: Snapshot, write: WritePlan) -> RankFiles:
         """Write this rank's data files."""
         rank = None if self.comm.size == 1 else self.comm.rank
 
@@ -187,7 +187,7 @@ class CheckpointStore:
         groups = [write.groups[number] for number in write.written] + ([write.own] if write.own.tensors else [])
         with ThreadPoolExecutor(self.location.parallel_puts) as pool:
             files = [*pool.map(put, range(len(groups)), groups)]
-        return report(snapshot, write, files)
+        return rank_files(snapshot, write, files)
 
     @doing("saves")
     def commits(self) -> list[CommitId]:
@@ -213,7 +213,7 @@ class CheckpointStore:
             raise Damaged(f"{commit.commit} is gone")
         manifest = manifests.unseal(raw)
         if manifest is None:
-            raise Torn(f"{commit.commit} {manifests.why_not(raw)}")
+            raise Torn(f"{commit.commit} {manifests.seal_problem(raw)}")
         if manifest.get("format") != manifests.FORMAT:
             raise StorageError(
                 f"{self.location.url}/{commit.commit} has format {manifest.get('format')!r:.80}, this version reads "
@@ -246,7 +246,7 @@ class CheckpointStore:
         if unread:
             sizes = self._sizes()
             with ThreadPoolExecutor(_READERS) as pool:
-                list(pool.map(lambda commit: self._survey(commit, sizes), unread[:limit]))
+                list(pool.map(lambda commit: self._survey(commit, sizes), unread[:limit]))  # raises their errors
             if limit is not None and len(unread) > limit:
                 listed = listed[: listed.index(unread[limit])]
         return [
@@ -259,7 +259,7 @@ class CheckpointStore:
         try:
             checkpoint = self._parse(commit, SINGLE_PROCESS)
             _require_sizes(checkpoint, sizes)
-            self._objectives[commit] = objective(checkpoint.facts)
+            self._objectives[commit] = objective_of(checkpoint.facts)
         except Damaged:
             self.damaged.add(commit)
 

@@ -18,7 +18,7 @@ from runner.errors import StateError
 from runner.optimizers import parts_of, saved_name
 from runner.rng import temporary_seed
 
-Kind = tuple[tuple[int, ...], torch.dtype] | None  # of a tensor; None for any other value
+TensorType = tuple[tuple[int, ...], torch.dtype] | None  # of a tensor; None for any other value
 
 
 class Structure:
@@ -32,7 +32,7 @@ class Structure:
     def __init__(self, parts: Mapping[str, Any], optimizer: Any, build: Callable[[], nn.Module]) -> None:
         self.parts = {**parts, **parts_of("optimizer of the update", optimizer)}
         self.modules: dict[str, nn.Module] = {part: parts[part] for part in ("model", "average") if part in parts}
-        self.kinds = {part: _kinds(module) for part, module in self.modules.items()}
+        self.tensor_types = {part: _tensor_types(module) for part, module in self.modules.items()}
         self.groups = {name: _groups(each) for name, each in parts_of("optimizer", optimizer).items()}
         self._declared = {part: _declared(module) for part, module in self.modules.items()}
         self._weights: dict[str, Tensor] = dict(self.modules["model"].named_parameters(remove_duplicate=False))
@@ -46,7 +46,7 @@ class Structure:
         """
         for name, part in {**parts, **parts_of("optimizer of the update", optimizer)}.items():
             if self.parts.get(name, part) is not part:
-                raise _refused(step, f"the {name} was replaced by another {type(part).__qualname__}")
+                raise _state_error(step, f"the {name} was replaced by another {type(part).__qualname__}")
         buffers = {part: self._buffers(part, module, step) for part, module in self.modules.items()}
         changes: dict[str, Any] = {"buffers": buffers} if any(buffers.values()) else {}
         for name, each in parts_of("optimizer", optimizer).items():
@@ -56,8 +56,8 @@ class Structure:
 
     def resize(self, part: str, buffers: Iterable[str], state: Mapping[str, Any]) -> None:
         """Make the ``buffers``, and those that an earlier call changed, in the sizes and types of ``state``."""
-        now = _kinds(self.modules[part])
-        changed = {name for name, kind in self.kinds[part].items() if now.get(name) != kind}
+        now = _tensor_types(self.modules[part])
+        changed = {name for name, kind in self.tensor_types[part].items() if now.get(name) != kind}
         _resize(self.modules[part], {*buffers, *changed}, state)
 
     def regroup(self, part: str, names: Sequence[Sequence[str]] | None, parts: Mapping[str, Any]) -> None:
@@ -66,30 +66,30 @@ class Structure:
         KeyError for an unknown name.
         """
         weights, groups = _weights(parts) if names else {}, getattr(parts[part], "param_groups", [])
-        tensors_of_groups = (
-            [[weights[saved_name(name)] for name in group] for group in names] if names else self.groups[part]
-        )
+        tensors = [[weights[saved_name(name)] for name in group] for group in names] if names else self.groups[part]
         settings = {key: value for group in groups[:1] for key, value in group.items() if key != "param_names"}
-        del groups[len(tensors_of_groups) :]
-        groups += [dict(settings) for _ in tensors_of_groups[len(groups) :]]
-        for group, tensors in zip(groups, tensors_of_groups, strict=True):
-            group["params"] = [*tensors]
+        del groups[len(tensors) :]
+        groups += [dict(settings) for _ in tensors[len(groups) :]]
+        for group, weights_of_group in zip(groups, tensors, strict=True):
+            group["params"] = [*weights_of_group]
 
     def _buffers(self, part: str, module: nn.Module, step: int) -> list[str]:
         """The buffers that a restore has to make again. Raises StateError if anything else is not as it was built."""
-        built, now = self.kinds[part], _kinds(module)
-        changed = [name for name in {**built, **now} if built.get(name, ()) != now.get(name, ())]
-        declared = self._declared[part] & _declared(module) if changed else set()
-        other = [name for name in changed if name not in declared and name not in self._loadable]
-        if other and not (part == "model" and self._loads(module, declared, now)):
-            name = other[0]
-            raise _refused(step, f"{part}/{name} is {_words(now, name)}, and was built {_words(built, name)}")
-        self._loadable.update(other)
-        return [name for name in changed if name in declared]
+        before, now = self.tensor_types[part], _tensor_types(module)
+        changes = [name for name in {**before, **now} if before.get(name, ()) != now.get(name, ())]
+        buffers = self._declared[part] & _declared(module) if changes else set()
+        others = [name for name in changes if name not in buffers and name not in self._loadable]
+        if others and not (part == "model" and self._can_load(module, buffers, now)):
+            name = others[0]
+            raise _state_error(
+                step, f"{part}/{name} is {_words(now, name)}, and was {_words(before, name)} at the start"
+            )
+        self._loadable.update(others)
+        return [name for name in changes if name in buffers]
 
-    def _loads(self, module: nn.Module, buffers: set[str], now: Mapping[str, Kind]) -> bool:
+    def _can_load(self, module: nn.Module, buffers: set[str], now: Mapping[str, TensorType]) -> bool:
         """Whether the model's own code for loading gives a new model the structure of this one."""
-        if not any(map(_loads_itself, module.modules())):
+        if not any(map(_has_own_loading, module.modules())):
             return False
         with temporary_seed(0):
             model, state = self._build(), module.state_dict()
@@ -98,7 +98,7 @@ class Structure:
                 model.load_state_dict(state)
             except Exception:  # a user's code may raise anything
                 return False
-        return _kinds(model) == now
+        return _tensor_types(model) == now
 
     def _regrouped(
         self, step: int, parts: Mapping[str, Any], part: str, groups: list[list[Tensor]]
@@ -111,14 +111,14 @@ class Structure:
         now = dict(self.modules["model"].named_parameters(remove_duplicate=False))
         for name, weight in self._weights.items():
             if now.get(name) is not weight and id(weight) in trained and not sharded:
-                raise _refused(step, f"model/{name} was replaced, and the optimizer still trains the tensor before")
+                raise _state_error(step, f"model/{name} was replaced, and the optimizer still trains the tensor before")
         if [[*map(id, group)] for group in groups] == [[*map(id, group)] for group in self.groups[part]]:
             return None
         for number, group in enumerate(groups):
             for weight in group:
                 if id(weight) not in names:
                     what = f"group {number} of the {part} has a tensor of shape {[*weight.shape]} that is no weight"
-                    raise _refused(step, f"{what} of the model, nor of a task or callback with a state_dict")
+                    raise _state_error(step, f"{what} of the model, nor of a task or callback with a state_dict")
         return [[names[id(weight)] for weight in group] for group in groups]
 
 
@@ -127,7 +127,7 @@ def groups_key(part: str) -> str:
     return f"groups{part.removeprefix('optimizer')}"
 
 
-def _kinds(module: nn.Module) -> dict[str, Kind]:
+def _tensor_types(module: nn.Module) -> dict[str, TensorType]:
     """Shape and type of every tensor of a module's state."""
     state = module.state_dict().items()
     return {name: (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else None for name, value in state}
@@ -167,18 +167,18 @@ def _declared(module: nn.Module) -> set[str]:
     return {f"{path}.{own}" if path else own for path, own in paths}
 
 
-def _loads_itself(module: nn.Module) -> bool:
+def _has_own_loading(module: nn.Module) -> bool:
     """Whether the module has loading code of its own."""
     methods = (getattr(type(module), name) for name in ("load_state_dict", "_load_from_state_dict"))
     return bool(module._load_state_dict_pre_hooks) or any(not m.__module__.startswith("torch.") for m in methods)
 
 
-def _words(kinds: Mapping[str, Kind], name: str) -> str:
-    kind = kinds.get(name)
-    return f"of shape {[*kind[0]]}, {kind[1]}" if kind else "something else" if name in kinds else "without it"
+def _words(types: Mapping[str, TensorType], name: str) -> str:
+    kind = types.get(name)
+    return f"a {kind[1]} tensor of shape {[*kind[0]]}" if kind else "no tensor" if name in types else "absent"
 
 
-def _refused(step: int, what: str) -> StateError:
+def _state_error(step: int, what: str) -> StateError:
     return StateError(
         f"the state of step {step} is not saved, because no resume could load it: {what}. A resume begins with what "
         "the configuration builds. Make it in the constructor, in its last size, or give the model a "

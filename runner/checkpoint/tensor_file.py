@@ -106,7 +106,7 @@ class SafetensorsFile:
     """Tensors as one safetensors file, a copy under each name; consume ``chunks``, then ask for ``stored``."""
 
     def __init__(self, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> None:
-        kinds = in_order({name: Kind.of(tensor, tuple(tensor.shape), name) for name, tensor in tensors.items()})
+        kinds = in_file_order({name: Kind.of(tensor, tuple(tensor.shape), name) for name, tensor in tensors.items()})
         self._tensors = {name: tensors[name].resolve_conj().resolve_neg() for name in kinds}
         self._header = _header(kinds, metadata)
         self._digests: list[str] = []
@@ -127,7 +127,7 @@ class SafetensorsFile:
         return StoredFile(size, len(self._header), digest(self._header), self._digests)
 
 
-def in_order(kinds: Mapping[str, Kind]) -> dict[str, Kind]:
+def in_file_order(kinds: Mapping[str, Kind]) -> dict[str, Kind]:
     """In the order of the file: wide types first, which keeps tensors aligned, as readers that map it expect."""
     return dict(sorted(kinds.items(), key=lambda item: (-item[1].itemsize, item[0])))
 

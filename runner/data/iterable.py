@@ -378,7 +378,7 @@ class IterableStream(TrainingStream):
         self.consumed += self.count
         self.epochs_before = self.epochs
         try:
-            with signals.interrupt_reads():
+            with signals.stop_reads():
                 self._finish_pass()
         except signals.Stopped:  # before the next batch could tell whether the pass has ended
             self._end_unknown = True

@@ -27,7 +27,7 @@ from runner import errors, signals
 from runner.app import run_spec
 from runner.errors import Interrupted, JobDied, RunnerError
 from runner.run.opening import RunSpec
-from runner.signals import VARIABLE, orphaned
+from runner.signals import SWEEP_VARIABLE, orphaned
 
 log = logging.getLogger("runner")
 
@@ -52,7 +52,7 @@ def isolate(task: TaskFunction, config: DictConfig) -> TaskFunction:
 def _run_isolated(task: TaskFunction, config: DictConfig) -> Any:
     """The job's objective. Raises the error of the job, or JobDied."""
     signals.install()
-    if not {*HydraConfig.get().job.env_set} - {VARIABLE}:  # libraries read such variables at their import
+    if not {*HydraConfig.get().job.env_set} - {SWEEP_VARIABLE}:  # libraries read such variables at their import
         for module in _IMPORTS:
             importlib.import_module(module)
     parent_end, child_end = multiprocessing.Pipe()
@@ -74,7 +74,7 @@ def _wait(process: BaseProcess, pipe: Connection) -> tuple[Any, BaseException | 
     ending, passed_on = None, False
     # The pipe may outlive the job in processes that the job began.
     while not pipe.poll(_POLL_SECONDS) and process.is_alive():
-        stop = signals.received() or ("SIGTERM" if VARIABLE in os.environ and orphaned() else None)
+        stop = signals.received() or ("SIGTERM" if SWEEP_VARIABLE in os.environ and orphaned() else None)
         if stop and not passed_on:
             passed_on = True
             with suppress(OSError):  # the process has ended

@@ -32,7 +32,7 @@ from runner.errors import ConfigError, DriftRefused, Interrupted, JobDied, RunIn
 from runner.run.attempts import AttemptRecord, cluster_job, requeued
 from runner.run.opening import RunSpec, open_run
 from runner.run_facts import RunFacts
-from runner.signals import VARIABLE, StopRequest
+from runner.signals import SWEEP_VARIABLE, StopRequest
 from runner.storage import open_location
 from runner.sweep.jobs import BASIC_LAUNCHER, Overrides, SignalLoader, SpecLoader, isolate
 
@@ -232,7 +232,7 @@ class SweepLauncher(Launcher):
             if self._stop is None:
                 returns = self._inner.launch(batch, index)
             else:  # in other processes: stop signals are passed on to them
-                mark = f"+hydra.job.env_set.{VARIABLE}={self._stop.name}"
+                mark = f"+hydra.job.env_set.{SWEEP_VARIABLE}={self._stop.name}"
                 with self._stop.forward_signals():
                     returns = self._inner.launch([[*job, mark] for job in batch], index)
                 if signals.received() and not self._launcher_failed:  # else jobs may still have to obey it
