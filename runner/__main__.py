@@ -53,7 +53,7 @@ def main() -> int:
 
         print(json.dumps(json_schema(app.CONFIGS / "config.yaml"), indent=1))
         return 0
-    sys.argv[1:] = _flags_first(quote_run_names(sys.argv[1:]))
+    sys.argv[1:] = [*_completed_folder(), *_flags_first(quote_run_names(sys.argv[1:]))]
     if (key := _key_to_explain(sys.argv[1:])) is not None:
         from runner.config.help import explain
 
@@ -99,6 +99,15 @@ def _flags_first(words: list[str]) -> list[str]:
     return [*flags[:1], *(word for word in words if word not in flags)]
 
 
+def _completed_folder() -> list[str]:
+    """The ``--config-dir`` of a line that a shell completes, taken out of the line: Hydra completes overrides alone."""
+    line = os.environ.get("COMP_LINE", "")
+    if (option := re.search(r" +(--config-dir|-cd)[ =]+(\S+)", line)) is None:
+        return []
+    os.environ["COMP_LINE"] = line.replace(option[0], "", 1)
+    return [option[1], option[2]]
+
+
 def _key_to_explain(words: list[str]) -> str | None:
     """The word after ``--help`` if it is the name of a key."""
     place = next((n for n, word in enumerate(words) if word in ("--help", "-h")), None)
@@ -123,6 +132,9 @@ def report_error(error: Exception) -> int:
         # Above the frames of the attempt stand forty of Hydra's, which do not help to find the cause.
         raise error.with_traceback(_from_module("runner.experiment", job) or job) from error.__cause__
     status = 2
+    if isinstance(error, BrokenPipeError):  # whoever reads the help or the configuration, such as head, has seen enough
+        sys.stderr.close()
+        return 0
     if isinstance(error, OSError):
         status = 1
         message = _unwritable(error)

@@ -3,6 +3,7 @@
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ REPOSITORY = Path(__file__).parent.parent
 DOCS = REPOSITORY / "docs"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 NAME = re.compile(r"^# (\S+\.(?:py|yaml))$", re.MULTILINE)
+NUMBER = re.compile(r"\d+(\.\d+)?(e-\d+)?")
 PAGES = [
     REPOSITORY / "README.md",
     *sorted(page for page in DOCS.rglob("*.md") if "```sh\n" in page.read_text()),
@@ -37,13 +39,14 @@ def test_every_block_with_code_is_run() -> None:
     """Blocks of python and yaml are files with a name, so that the commands of their page use them."""
     for page in DOCS.rglob("*.md"):
         for kind, text in BLOCK.findall(page.read_text()):
-            assert kind in ("sh", "text") or NAME.search(text), (page, text)
+            assert kind in ("sh", "output", "text") or NAME.search(text), (page, text)
 
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_works_as_printed(page: Path, tmp_path: Path) -> None:
-    """In one empty folder, in the order of the page: files are written, commands are run and succeed."""
+    """In one empty folder, in the order of the page: files are written, commands succeed and print what is shown."""
+    printed = ""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     for kind, text in BLOCK.findall(page.read_text()):
@@ -55,7 +58,14 @@ def test_a_page_works_as_printed(page: Path, tmp_path: Path) -> None:
             done = subprocess.run(
                 ["bash", "-e", "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
             )
-            assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+            printed = f"{done.stdout}\n{done.stderr}"
+            assert done.returncode == 0, f"{text}\n{printed}"
+        elif kind == "output":
+            assert not [line for line in numberless(text) if line not in "\n".join(numberless(printed))], printed
+
+
+def numberless(text: str) -> list[str]:
+    return [" ".join(NUMBER.sub("N", line).split()) for line in text.splitlines()]
 
 
 def test_the_job_for_kubernetes_fits_its_schema() -> None:
@@ -69,3 +79,21 @@ def test_the_image_copies_what_the_package_is_built_from() -> None:
     names = {name for line in copied for name in line.split()}
     assert {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", "runner", "conf"} == names
     assert all((REPOSITORY / name).exists() for name in names)
+
+
+@pytest.mark.parametrize(
+    ("tool", "files"), [("hadolint", ["Dockerfile"]), ("shellcheck", ["slurm.sh", "slurm_array.sh", "../../.ci/run"])]
+)
+def test_the_tool_for_a_recipe_has_no_complaint(tool: str, files: list[str]) -> None:
+    command = shutil.which(tool, path=str(Path(sys.executable).parent)) or pytest.skip(f"no {tool} in this environment")
+    done = subprocess.run([command, *files], cwd=DOCS / "recipes", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_recipes_for_slurm_differ_in_the_seed_alone() -> None:
+    """The recipe of an array runs on a real Slurm, in ``test_launchers.py``."""
+    one, array = (
+        [line for line in (DOCS / f"recipes/{name}.sh").read_text().splitlines() if not line.startswith("#")]
+        for name in ("slurm", "slurm_array")
+    )
+    assert one == [line.replace(' "seed=$SLURM_ARRAY_TASK_ID"', "") for line in array]

@@ -52,7 +52,7 @@ def test_commands_read_runs_of_an_earlier_version(tmp_path: Path, capsys: pytest
         shown = json.loads(capsys.readouterr().out)
         assert shown["checkpoints"][0]["step"] == (9 if name == "cut" else 12)
         assert main(["audit", folder]) == 0
-        assert f"{samples} samples, 1 attempts" in capsys.readouterr().out
+        assert f"{samples} samples, 1 attempt\n" in capsys.readouterr().out
 
 
 def test_rollouts_of_an_earlier_version_are_audited(

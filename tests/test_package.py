@@ -1,6 +1,7 @@
 """What is built and installed: wheel, source distribution, version, and the JSON schema for editors."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -60,6 +61,28 @@ def test_the_stored_schema_is_what_the_command_prints() -> None:
     command = [sys.executable, "-m", "runner", "schema"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
     assert (CONF / "schema.json").read_text() == done.stdout
+
+
+def test_a_shell_completes_what_is_in_the_users_folder(tmp_path: Path) -> None:
+    (tmp_path / "my_conf/experiment").mkdir(parents=True)
+    (tmp_path / "my_conf/experiment/mine.yaml").write_text("# @package _global_\n")
+    line = "hydra-runner --config-dir my_conf experiment=mi"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    command = [sys.executable, "-m", "runner", "-sc", "query=bash"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment)
+    assert done.stdout == "experiment=mine\n"
+
+
+def test_a_reader_of_the_help_may_leave_early() -> None:
+    """As ``head`` does."""
+    command = [sys.executable, "-m", "runner", "--help"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert (process.wait(), process.stderr.read()) == (0, "")
 
 
 WITH_SCHEMA = [path for folder in (".", "data", "experiment", "metrics") for path in CONF.glob(f"{folder}/*.yaml")]

@@ -67,7 +67,8 @@ def _lines(directory: RunDirectory) -> tuple[list[LedgerLine], Plan | None]:
 
 def format_audit(audit: Mapping[str, Any]) -> str:
     """The values of the audit as text."""
-    text = [f"{audit['run']}: {audit['steps']} steps, {audit['positions']} samples, {audit['attempts']} attempts\n"]
+    attempts = f"{audit['attempts']} attempt{'s' * (audit['attempts'] != 1)}"
+    text = [f"{audit['run']}: {audit['steps']} steps, {audit['positions']} samples, {attempts}\n"]
     if audit["indexed"]:
         columns = ["source"] * ("source" in audit["epochs"][0]) if audit["epochs"] else []
         columns += ["epoch", "seen", "repeated", "missed", "substituted", "whole"]
