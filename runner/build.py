@@ -94,7 +94,7 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
         task.setup(model, device)
     average = None if trainer.ema_decay is None else moving_average(model, trainer.ema_decay)
     models = [model] if average is None else [model, average.module]
-    parallelism = _parallelism(config, models, plan, device, team.world)
+    parallelism = _parallelism(config, models, plan, device, team.world)  # before the optimizer: FSDP replaces weights
     if config.runtime.compile:
         model.compile()
     optimizer = _optimizers(config.optimizer, model, task)
@@ -126,8 +126,10 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
     )
     state.structure = Structure({"model": model, **state.parts()}, optimizer, partial(_model, config.model))
     recipe = {"kind": "opaque"} if plan is None else plan.recipe()
-    place = (task, update.autocast, parallelism, team, config.seed)
-    evaluator = Evaluator(*place, config.objective.metric, *sets, config.runtime.check_batches)
+    metric = config.objective.metric
+    evaluator = Evaluator(
+        task, update.autocast, parallelism, team, config.seed, metric, *sets, config.runtime.check_batches
+    )
     own = {str(name): instance(node, f"callbacks.{name}", kind=Callback) for name, node in config.callbacks.items()}
     return Parts(state, task, update, parallelism, plan, recipe, evaluator, reference, own)
 

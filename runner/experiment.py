@@ -205,7 +205,7 @@ def _claim(spec: RunSpec, team: Team, facts: dict[str, Any]) -> Iterator[tuple[i
     Records how the attempt ended, unless the process is killed.
     """
     signals.raise_if_received("during start-up, nothing to commit")
-    own: list[Attempt] = []  # on rank 0
+    claims: list[Attempt] = []  # on rank 0
 
     def claim() -> int:
         # The number must also be above those of commits, because somebody may have removed attempts/ by hand.
@@ -215,14 +215,14 @@ def _claim(spec: RunSpec, team: Team, facts: dict[str, Any]) -> Iterator[tuple[i
         if spec.parent is not None and spec.directory.record() is None:
             parent = asdict(resolve(spec.parent))
         attempt = claim_run(spec, facts | {"version": runner.__version__}, above=above, parent=parent)
-        own.append(attempt)
+        claims.append(attempt)
         return attempt.number
 
     number = on_rank_zero(team.comm, claim)
-    if not own:
+    if not claims:
         yield number, None
         return
-    (attempt,) = own
+    (attempt,) = claims
     team.on_failure(lambda reason, status: attempt.end(_outcome(status), reason=reason))
     outcome, reason = "finished", ""
     try:
@@ -275,8 +275,8 @@ def _resume(spec: RunSpec, config: Config, parts: Parts, setup: TrainingSetup, t
     state = parts.state
     if isinstance(state.stream, MapStyleStream) and config.data.on_bad_record is OnBadRecord.substitute:
         location = spec.directory.location
-        recorded = on_rank_zero(team.comm, lambda: [*ledger.substitutions(location, parts.recipe).items()])
-        state.stream.repeat_substitutions(dict(recorded))
+        substitutes = on_rank_zero(team.comm, lambda: [*ledger.substitutions(location, parts.recipe).items()])
+        state.stream.repeat_substitutions(dict(substitutes))
     with signals.stop_reads(at_once=team.world.size == 1):
         if parts.reference is not None:
             parts.task.reference = load_reference(parts.reference, state, spec, team.comm)
@@ -326,9 +326,9 @@ def _describe_start(resumed: Resumed, before: AttemptRecord | None) -> str:
             return "from scratch"
         return f"from scratch ({_outcome_text(before)} before its first checkpoint)"
     text = f"resumed from step {resumed.step} of attempt {resumed.commit.attempt}"
-    reached = before.beat.get("step") if before is not None else None
-    if before is not None and isinstance(reached, int) and reached > resumed.step:
-        text += f"; {_outcome_text(before)} at step {reached} or later, {reached - resumed.step} steps are repeated"
+    step = before.beat.get("step") if before is not None else None
+    if before is not None and isinstance(step, int) and step > resumed.step:
+        text += f"; {_outcome_text(before)} at step {step} or later, {step - resumed.step} steps are repeated"
     return text
 
 
@@ -466,8 +466,8 @@ def safetensors_file(weights: Mapping[str, Tensor]) -> Iterator[Buffer]:
     loading. Warns of a module's extra state, which has no place in the file.
     """
     tensors = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
-    if left := [name for name in weights if name not in tensors]:
-        log.warning("exported without %s: only tensors have a place in a safetensors file", printable(", ".join(left)))
+    if other := [name for name in weights if name not in tensors]:
+        log.warning("exported without %s: only tensors fit into a safetensors file", printable(", ".join(other)))
     return SafetensorsFile(tensors, metadata={"format": "pt"}).chunks()
 
 

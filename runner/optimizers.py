@@ -177,12 +177,12 @@ def table(optimizer: Any) -> str:
             size = sum(weight.numel() for weight in group["params"])
             head = {"optimizer": name, "group": group.get("name", "all"), "weights": len(group["params"])}
             rows.append({**head, "parameters": f"{size:,}", **group, "lr": group.get("initial_lr", group.get("lr"))})
-    hidden = {"params", "param_names", "name", "initial_lr"}
-    keys = [key for key in {key: None for row in rows for key in row} if key not in hidden]
-    shown = [key for key in keys if key == "lr" or len({str(row[key]) for row in rows if key in row}) > 1]
+    internal = {"params", "param_names", "name", "initial_lr"}
+    keys = [key for key in {key: None for row in rows for key in row} if key not in internal]
+    columns = [key for key in keys if key == "lr" or len({str(row[key]) for row in rows if key in row}) > 1]
     if len(rows) < 2:
         return ""
-    return tabulate([[row.get(key) for key in shown] for row in rows], headers=shown, tablefmt="plain")
+    return tabulate([[row.get(key) for key in columns] for row in rows], headers=columns, tablefmt="plain")
 
 
 def add_group(optimizer: Optimizer, model: nn.Module, group: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ _arrivals: list[str] = []  # names of all stop signals
 _previous: dict[str, Any] = {}  # signal name -> handler before ``install``
 _first_times: dict[str, float] = {}  # time of the first SIGTERM or Ctrl-C, by observer: the handler or the guard
 _is_deadline_over = False  # whether a step must not wait for data any longer
-_reads_end_at_once = False
+_reads_end_at_once = False  # see ``stop_reads``
 _wait_check: Callable[[], None] | None = None  # within ``reading``: raises other reasons to end the wait
 _wakeup_pipe: tuple[int, int] | None = None  # Python writes the number of each signal into it, and ``_guard`` reads
 
@@ -213,10 +213,10 @@ def orphaned() -> bool:
 @contextmanager
 def _repeating(action: Callable[[], bool], seconds: float) -> Iterator[None]:
     """Within the block, call ``action`` every ``seconds`` in a thread until it returns True."""
-    ended = threading.Event()
+    end = threading.Event()
 
     def work() -> None:
-        while not ended.wait(seconds):
+        while not end.wait(seconds):
             with suppress(StorageError):
                 if action():
                     return
@@ -226,7 +226,7 @@ def _repeating(action: Callable[[], bool], seconds: float) -> Iterator[None]:
     try:
         yield
     finally:
-        ended.set()
+        end.set()
 
 
 def _raise_if_stopped() -> None:

@@ -156,11 +156,11 @@ class WeightUpdate:
             self.scaler.load_state_dict(state["scaler"])
 
     def _require_no_gradients(self) -> None:
-        left = [name for name, weight in self.model.named_parameters() if weight.grad is not None]
-        if left:
+        names = [name for name, weight in self.model.named_parameters() if weight.grad is not None]
+        if names:
             remedy = 'take a step with them, or differentiate for one optimizer alone: update["name"].backward(loss)'
             raise TaskError(
-                f"{left[0]} still has a gradient after the step, and checkpoints hold no gradients: {remedy}"
+                f"{names[0]} still has a gradient after the step, and checkpoints hold no gradients: {remedy}"
             )
 
     def _weights(self, optimizers: Sequence[Optimizer]) -> list[Tensor]:
@@ -335,10 +335,10 @@ def _outline(model: nn.Module) -> list[object]:
 
 def _require_same_weights(copy: nn.Module, model: nn.Module) -> None:
     before, now = _shapes(copy), _shapes(model)
-    changed = [name for name in {**before, **now} if before.get(name, 0) != now.get(name, 0)]
-    if changed := changed or [name for name, other in zip(before, now, strict=True) if name != other]:
+    names = [name for name in {**before, **now} if before.get(name, 0) != now.get(name, 0)]
+    if names := names or [name for name, other in zip(before, now, strict=True) if name != other]:
         raise TaskError(
-            f"trainer.ema_decay averages the weights that the model had at the start, and {', '.join(changed)} came, "
+            f"trainer.ema_decay averages the weights that the model had at the start, and {', '.join(names)} came, "
             "went or changed its shape since. Give it to the model in its constructor, or set trainer.ema_decay=null"
         )
 

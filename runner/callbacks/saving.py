@@ -291,8 +291,8 @@ class SaveCheckpoint(Callback):
 
 def _spoils_training(name: str, tensor: Tensor, weights: Collection[str]) -> bool:
     """Whether training cannot go on from a tensor: one of the ``weights`` that is NaN or infinite, or NaN in the state
-    of an optimizer, which reaches the weights with the next step. There a maximum may be infinite, and buffers of the
-    model may hold anything, such as masks.
+    of an optimizer, which reaches the weights with the next step. An optimizer may hold an infinite maximum, and
+    buffers of the model may hold anything, such as masks.
     """
     moments = name.startswith(("optimizer/", "optimizer.")) and tensor.is_floating_point()
     if not (moments or name in weights) or is_finite(tensor):

@@ -28,14 +28,14 @@ class Unfreeze(Callback):
         """Find the weights, and freeze them."""
         weights = dict(setup.state.model.named_parameters())
         trained = {id(weight) for weight in weights_of(by_name(setup.state.optimizer).values())}
-        left = {*weights}  # a weight belongs to the first step that names it
+        rest = {*weights}  # a weight belongs to the first step that names it
         for step, patterns in self.schedule.items():
-            names = left.intersection(matching(weights, patterns, f"Unfreeze, step {step}"))
-            if lost := [name for name in names if id(weights[name]) not in trained]:
+            names = rest.intersection(matching(weights, patterns, f"Unfreeze, step {step}"))
+            if untrained := [name for name in names if id(weights[name]) not in trained]:
                 raise ConfigError(
-                    f"Unfreeze: {min(lost)} is in no optimizer, and would not be trained after step {step}"
+                    f"Unfreeze: {min(untrained)} is in no optimizer, and would not be trained after step {step}"
                 )
-            left -= names
+            rest -= names
             self._due[step] = [weight for name, weight in weights.items() if name in names]
         self._set(-1)
 

@@ -86,8 +86,8 @@ class CommitId:
 
 def commits(location: Location) -> list[CommitId]:
     """All commits under a location, the one to resume from first."""
-    parsed = (parse_commit(entry.name) for entry in location.list("commits"))
-    return sorted((commit for commit in parsed if commit is not None), reverse=True)
+    ids = (parse_commit(entry.name) for entry in location.list("commits"))
+    return sorted((commit for commit in ids if commit is not None), reverse=True)
 
 
 def parse_commit(name: str) -> CommitId | None:

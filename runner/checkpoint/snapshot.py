@@ -103,14 +103,14 @@ def assemble(commit: CommitId, snapshot: Snapshot, plan: WritePlan, ranks: Seque
             files[number, cell] = file
         if entries.get("tensors"):
             own.append((entries["tensors"], entries["files"][-1]))
-    ordered = [files[number, cell] for number, group in enumerate(plan.groups) for cell in range(group.cells)]
+    in_order = [files[number, cell] for number, group in enumerate(plan.groups) for cell in range(group.cells)]
     groups = [{"cuts": group.cuts, "tensors": _kinds(group)} for group in plan.groups]
     return {
         "format": FORMAT,
         "attempt": commit.attempt,
         "step": commit.step,
         "ranks": len(ranks),
-        "files": {name: fields for name, *fields in (*ordered, *(file for _, file in own))},
+        "files": {name: fields for name, *fields in (*in_order, *(file for _, file in own))},
         "shelves": [*groups, *({"cuts": (), "tensors": tensors} for tensors, _ in own)],
         "same": plan.aliases,
         "parts": snapshot.parts
@@ -138,10 +138,10 @@ def _part_digests(snapshot: Snapshot, plan: WritePlan) -> dict[str, str]:
 
 def _require_alike(rank: int, entries: RankFiles, first: RankFiles) -> None:
     digests, expected = entries.get("alike", {}), first.get("alike", {})
-    differing = [part for part in {**expected, **digests} if expected.get(part) != digests.get(part)]
-    if differing:
+    differences = [part for part in {**expected, **digests} if expected.get(part) != digests.get(part)]
+    if differences:
         raise StateError(
-            f"cannot save: the state of {', '.join(differing)} on rank {rank} is not that on rank 0. "
+            f"cannot save: the state of {', '.join(differences)} on rank {rank} is not that on rank 0. "
             "What is not sharded must be the same on all ranks, or it cannot be restored: combine what each rank has "
             "seen (update.gather), and draw the same random numbers on all ranks where they move weights."
         )

@@ -57,8 +57,8 @@ class Structure:
     def resize(self, part: str, buffers: Iterable[str], state: Mapping[str, Any]) -> None:
         """Make the ``buffers``, and those that an earlier call changed, in the sizes and types of ``state``."""
         now = _tensor_types(self.modules[part])
-        changed = {name for name, kind in self.tensor_types[part].items() if now.get(name) != kind}
-        _resize(self.modules[part], {*buffers, *changed}, state)
+        changes = {name for name, kind in self.tensor_types[part].items() if now.get(name) != kind}
+        _resize(self.modules[part], {*buffers, *changes}, state)
 
     def regroup(self, part: str, names: Sequence[Sequence[str]] | None, parts: Mapping[str, Any]) -> None:
         """Put the weights of these names into the groups of an optimizer, the ``part`` of this name; without ``names``,

@@ -280,8 +280,8 @@ def refuse_secrets(config: DictConfig) -> None:
         keys += _HYDRA
     in_sweep = _secrets_of_sweep(config) if "hydra" in config else ()
     plain: Any = OmegaConf.to_container(config, resolve=False)
-    written = {key: reduce(getitem, key.split("."), plain) for key in keys}
-    for key in chain(*(find_secrets(value, key) for key, value in written.items()), in_sweep):
+    values = {key: reduce(getitem, key.split("."), plain) for key in keys}
+    for key in chain(*(find_secrets(value, key) for key, value in values.items()), in_sweep):
         problem = "looks like a secret and is written out, which would end in files and in the process list"
         remedy = "Put it into an environment variable and give '${oc.env:NAME}'"
         store = "for a store, leave it to what its own library reads (AWS_*, AZURE_*, GOOGLE_*, ssh keys and agents)"
