@@ -433,7 +433,12 @@ class IterableStream(TrainingStream):
     def _read(self) -> Batch:
         """The next batch; at the end of a pass, the first of the next pass."""
         began = time.perf_counter()
-        while (batch := self._next()) is None:
+        while True:
+            rereading, self._rereading = self._rereading > 0, self._rereading - 1
+            with doing("reads again") if rereading else nullcontext():
+                batch: Batch | None = next(self._loader, None)
+            if batch is not None:
+                break
             if self._pass_is_empty:
                 raise self._empty()
             self._pass += 1
@@ -446,12 +451,6 @@ class IterableStream(TrainingStream):
             _log.info("data.train: read %d samples again to resume, %.1f s", batch.reread, waited)
         if batch.failure:
             raise DataError(batch.failure)
-        return batch
-
-    def _next(self) -> Batch | None:
-        rereading, self._rereading = self._rereading > 0, self._rereading - 1
-        with doing("reads again") if rereading else nullcontext():
-            batch: Batch | None = next(self._loader, None)
         return batch
 
     def _empty(self) -> DataError:
