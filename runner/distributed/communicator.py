@@ -180,7 +180,7 @@ class Team:
         return [value]
 
     def disarm_timeout(self) -> None:
-        """Training is over: the timeout does not hold any more."""
+        """Training is over: the timeout no longer holds."""
         if self.watch is not None:
             self.watch.disarm()
 

@@ -263,7 +263,7 @@ class _ShardedOptimizer:
 
     def like(self) -> dict[str, Any]:
         """A state dict as after a step, to load into: all of its tensors, each with its sharding. Before the first step
-        it takes one with a learning rate of zero, and puts the weights back, since they may be loaded already.
+        this makes a step with a learning rate of zero, and puts the weights back, since they may be loaded already.
         """
         if self.optimizer.state:
             return self.state_dict()

@@ -206,7 +206,7 @@ class ProcessTeam(Team):
             dist.destroy_process_group()
 
     def fail(self, error: BaseException) -> Failure:
-        """End all other processes; returns the failure that they report, which may be an earlier one elsewhere."""
+        """End all other processes; returns the failure that they report, which may be another's earlier failure."""
         status = error.status if isinstance(error, RunnerError) else 1
         own = Failure(self.world.rank, status, f"{type(error).__name__}: {error}", printed=True)
         failure = self.watch.failure or self.watch.fail(own)

@@ -232,7 +232,7 @@ def _children() -> Iterator[str]:
 
 
 def dumped_line(text: str) -> str:
-    """The code line of the main thread, or of the only one, in the output of ``faulthandler``."""
+    """The code line of the main thread, or of the only thread, in the output of ``faulthandler``."""
     return _line(_FRAME.findall(text.rpartition("Current thread")[2]))
 
 

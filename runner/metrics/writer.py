@@ -42,7 +42,7 @@ class MetricWriter:
         return {}
 
     def flush(self) -> None:
-        """Make all durable that was added before the last ``mark``. Called by the checkpoint thread, before the
+        """Make durable everything that was added before the last ``mark``. Called by the checkpoint thread, before the
         checkpoint is committed, while the training thread may call ``add``. After a StorageError or an OSError the
         checkpoint is tried again later, as after any failure of storage.
         """
@@ -110,7 +110,7 @@ class MetricWriters:
         self._call("log", step, summaries)
 
     def flush(self) -> None:
-        """Make all durable that was added before the last mark. Raises StorageError."""
+        """Make durable everything that was added before the last mark. Raises StorageError."""
         self._call("flush")
 
     def close(self, status: str) -> None:

@@ -291,7 +291,7 @@ class Attempt:
                 )
 
     def stop_beating(self) -> None:
-        """End the thread; one that still waits for the storage is abandoned."""
+        """End the thread, or abandon it if it still waits for the storage."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()

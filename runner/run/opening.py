@@ -173,7 +173,7 @@ def _refusal(spec: RunSpec, changes: Sequence[ChangedKey]) -> str:
 
 def refuse_links(root: str, below: str, *, log_file: str = "runner.log") -> None:
     """Raise ConfigError where a file of Hydra's in the folder ``below`` a local ``root``, or the way to that folder, is
-    a link or a special file: what Hydra writes there would end elsewhere, or wait forever.
+    a link or a special file: a write by Hydra would end elsewhere, or wait forever.
     """
     if is_remote(root):
         return

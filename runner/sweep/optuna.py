@@ -2,8 +2,8 @@
 
 The plugin draws, launches and records trials, and takes every invocation for the first. Here the study continues:
 
-* ``n_trials`` is the total. A trial that ran when the process died is the same trial again, with the parameters that
-  the database has for it; these name the run directory, which resumes, or answers at once if it was finished.
+* ``n_trials`` is the total. A trial that was running when the process died is run again, with the parameters that the
+  database has for it; these name the run directory, which resumes, or answers at once if it was finished.
 * Every draw is seeded by the sampler's seed, the trial's number and the parameter, so a study that was killed is bit
   for bit the study that nobody killed; with ``n_jobs`` above 1 unless the kill came while a batch was recorded.
 * A trial that fails, or whose objective is not a finite number, is recorded as FAIL, counts, and is not tried again. An

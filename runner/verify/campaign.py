@@ -46,7 +46,7 @@ def save_every(steps: int, *, keep: bool = False) -> tuple[str, ...]:
 
 
 def evaluation_interval(options: Options) -> int:
-    """The most steps between two evaluations, so that the run has some."""
+    """The most steps between two evaluations, so that every run has evaluations."""
     return max(1, (options.steps or _STEPS) // 3)
 
 
@@ -128,7 +128,7 @@ ENDS = {
 
 
 def summary(attempt: AttemptTrace) -> str:
-    """One line on an attempt."""
+    """An attempt in one line."""
     end = ENDS.get(attempt.killed, "killed") if attempt.failure is None else "ended with an error"
     alone = "" if attempt.victim is None else f", rank {attempt.victim} alone"
     return f"steps {attempt.first:>5} to {attempt.last:>5}, {attempt.workers} workers, {end}{alone}"

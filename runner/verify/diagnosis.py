@@ -205,7 +205,7 @@ class Investigation:
         return source.line_of(names, self._sources.get(root, []), elsewhere)
 
     def _with_stop(self, run: RunTrace, difference: FirstDifference) -> Cause:
-        """The cause of a difference that SIGKILL does not reproduce: the last stop by SIGTERM, or an unsure one."""
+        """The cause of a difference that SIGKILL does not reproduce: the last stop by SIGTERM, or a guess."""
         stopped = [attempt for attempt in run.attempts[: difference.attempt] if attempt.stopped]
         if stopped:
             kill = Kill(str(stopped[-1].killed), stopped[-1].last)
@@ -268,7 +268,7 @@ class Investigation:
 
 
 class _Trial:
-    """Memory on trial: ``paths`` are taken from an undisturbed run after ``step``, and put into resumed ones."""
+    """Memory on trial: ``paths`` are taken from an undisturbed run after ``step``, and put into resumed runs."""
 
     def __init__(self, investigation: Investigation, step: int, paths: list[str]) -> None:
         self._investigation = investigation

@@ -340,7 +340,7 @@ class Executor:
 
 
 def _events(request: AttemptRequest) -> tuple[Event, ...]:
-    """The events of rank 0, with the fields that differ between ranks from all of them, and how the others ended."""
+    """The events of rank 0, with the fields of all ranks that differ between them, and the ends of the other ranks."""
     events, *others = (_read(request.record(rank)) for rank in range(request.processes))
     for rank, record in enumerate(others, 1):
         by_step = {(event["event"], event["step"]): event for event in record if event["event"] in _COMPARED}

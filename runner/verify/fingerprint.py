@@ -216,7 +216,7 @@ _ENTERED = (dict, list, tuple, deque, BaseException, partial, nn.Module, local, 
 
 
 def is_opaque(kind: type) -> bool:
-    """Whether objects of a class may hold what no attribute shows: it or a base has methods in C."""
+    """Whether objects of a class may hold values that no attribute shows: it or a base has methods in C."""
     if id(kind) not in _OPAQUE:
         methods = (MethodDescriptorType, ClassMethodDescriptorType)
         bases = [] if issubclass(kind, (*_ENTERED, *_LOOKS_BACK)) else type.__dict__["__mro__"].__get__(kind)[:-1]

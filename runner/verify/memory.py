@@ -1,8 +1,8 @@
 """The memory of live objects: every value in words, so that memory outside a ``state_dict`` has a name.
 
-Looks at objects past all that their classes override (no ``__getattr__``, ``__iter__``, property or ``__eq__`` of a
-user or a library is called), and never changes them. What lies in site-packages or the standard library is not the
-user's.
+Looks at objects without the methods that their classes override (no ``__getattr__``, ``__iter__``, property or
+``__eq__`` of a user or a library is called), and never changes them. Modules in site-packages or the standard library
+are not the user's.
 """
 
 import sys
@@ -83,7 +83,7 @@ def memory(objects: Mapping[str, Any], state: Any = None) -> dict[str, str]:
 
 
 def values(objects: Mapping[str, Any], state: Any = None) -> dict[str, Value]:
-    """The same with the objects that have values inside."""
+    """The same as objects, also of values that are described by the values inside them."""
     return _Walk(objects.get("model"), state).all(objects)
 
 
@@ -157,7 +157,7 @@ class _Walk:
         self._values.setdefault(path, Value(path, value, kind, key, words, holder))
 
     def _shared(self) -> None:
-        """What classes and modules of the user hold, and functions that the user exchanged in a library."""
+        """Values in the user's classes and modules, and functions that the user exchanged in a library."""
         done: set[str] = set()
         while self._kinds:
             _, (root, kind) = self._kinds.popitem()
@@ -265,7 +265,7 @@ class _Walk:
                 yield Value(f".{name}", inner, "attribute", name)
 
     def _digested(self, root: str, value: Any) -> str:
-        """A value with all that is inside it in one line."""
+        """A value and all values inside it, in one line."""
         plain, rest = fingerprint.plain_bytes(value), ""
         if plain is None:
             pieces: list[bytes] = []

@@ -252,7 +252,7 @@ def _judge(executor: Executor, options: Options, progress: Progress) -> Verdict:
 def _killed(
     executor: Executor, kills: KillPlan, undisturbed: AttemptTrace, progress: Progress
 ) -> tuple[RunTrace, KillPlan, list[str]]:
-    """The killed run, its plan and notes. If only attempts with another number of workers fail, it is run without."""
+    """The killed run, its plan and notes. If it fails with another number of workers only, it is repeated without."""
     run = run_killed(executor, kills, undisturbed, progress)
     last, first = run.attempts[-1], kills.workers[:1]
     if not last.failure or last.failure.kind not in _UNKNOWN or last.workers in first:

@@ -78,8 +78,8 @@ def _best(name: str, spans: Sequence[Lines], *, sure: bool = True) -> str:
 
 
 def _hits(name: str, file: str, first: int, last: int) -> list[tuple[bool, bool, bool, int]]:
-    """Of each line with a name: whether it is in a function that neither makes nor loads an object, whether it changes
-    the name's value, also by a call, whether it does nothing else (it returns no result of that), and its number.
+    """For each line with a name: whether it is in a function that neither makes nor loads an object, whether it changes
+    the name's value, also by a call, whether it does so without returning a result, and its number.
     """
     word = re.compile(rf"\b{re.escape(name)}\b")
     change = re.compile(rf"\b{re.escape(name)}\b(?:[\"']\])?(?:{_ASSIGNED})")
