@@ -7,7 +7,7 @@ import pytest
 from defaults import configured as default_config
 from omegaconf.errors import MissingMandatoryValue
 
-from runner.config.identity import IDENTITY, digest, flatten, identity, is_name, quote_run_names, variant
+from runner.config.identity import IDENTITY, flatten, identity, is_name, quote_run_names, value_digest, variant
 
 FILLED = {
     "model": {"_target_": "m", "width": "${data.batch_size}"},
@@ -156,14 +156,14 @@ def test_long_names_are_cut_and_stay_distinct() -> None:
 def test_names_are_frozen() -> None:
     """The same command must find the directory that an older version made."""
     assert variant(["model.hidden=[64,32]", "seed=1"]) == "model.hidden=_64,32_,seed=1~40243a8a"
-    assert digest({"a": [1, None, True], "b": 0.1}) == "786c0af0"
+    assert value_digest({"a": [1, None, True], "b": 0.1}) == "786c0af0"
 
 
 def test_digests_do_not_depend_on_the_order_of_keys() -> None:
-    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    assert value_digest({"a": 1, "b": 2}) == value_digest({"b": 2, "a": 1})
     values: list[Any] = [{"a": 1}, {"a": "1"}, {"a": True}, {"a": None}, {"a": [1]}, {"b": 1}, {}]
-    assert all(digest(left) != digest(other) for left, other in combinations(values, 2))
-    assert digest([{1: {2: 0, "b": 0}, "a": 0}]) == digest([{"a": 0, 1: {"b": 0, 2: 0}}])
+    assert all(value_digest(left) != value_digest(other) for left, other in combinations(values, 2))
+    assert value_digest([{1: {2: 0, "b": 0}, "a": 0}]) == value_digest([{"a": 0, 1: {"b": 0, 2: 0}}])
 
 
 @pytest.mark.parametrize("text", ["baseline", "a.b_c=1,d+e~f-g", "x" * 160, "_"])

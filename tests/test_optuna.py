@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from lives import Lives
 
-from runner.config.identity import digest
+from runner.config.identity import value_digest
 from runner.storage.local import LocalLocation
 
 pytestmark = pytest.mark.skipif(
@@ -188,7 +188,7 @@ def test_a_study_is_of_one_direction(life: Lives, tmp_path: Path) -> None:
 
 def test_a_study_is_of_one_process(life: Lives, tmp_path: Path) -> None:
     command = (*STUDY, f"run.root={tmp_path}", "hydra.sweeper.study_name=mine", "hydra.sweeper.n_trials=1")
-    lock = LocalLocation(tmp_path / "smoke").lock(f"optuna-{digest('mine')}.lock")
+    lock = LocalLocation(tmp_path / "smoke").lock(f"optuna-{value_digest('mine')}.lock")
     assert lock
     ended = life(*command)
     assert (ended.status, "another process works on it" in ended.output) == (4, True), ended.output

@@ -7,7 +7,7 @@ from hashlib import blake2b, sha256
 import pytest
 from faults import MemoryLocation, newest, save
 
-from runner.checkpoint.manifest import KEY_VARIABLE, digest, seal, unseal
+from runner.checkpoint.manifest import KEY_VARIABLE, keyed_digest, seal, unseal
 from runner.checkpoint.store import CheckpointStore
 from runner.errors import ConfigError
 
@@ -65,13 +65,13 @@ def test_the_seal_and_the_digests_match_their_names(keys: Keys) -> None:
     """Frozen: anyone with the key can check them with common tools."""
     body, tail = seal({"a": 1})[:-72], seal({"a": 1})[-72:]
     assert tail == f"sha256:{sha256(body).hexdigest()}\n".encode()
-    assert digest(b"x").startswith("xxh3:")
+    assert keyed_digest(b"x").startswith("xxh3:")
     use(keys, KEY)
     assert (
         seal({"a": 1}) == body + b"hmac-sha256:" + hmac.new(KEY.encode(), body, "sha256").hexdigest().encode() + b"\n"
     )
     hashed = blake2b(b"x", digest_size=32, key=sha256(KEY.encode()).digest())
-    assert digest(b"x") == f"blake2b:{hashed.hexdigest()}"
+    assert keyed_digest(b"x") == f"blake2b:{hashed.hexdigest()}"
 
 
 def test_tensors_are_digested_with_the_key(keys: Keys) -> None:
@@ -84,7 +84,7 @@ def test_tensors_are_digested_with_the_key(keys: Keys) -> None:
     assert len(found) == 2
     assert all(one.startswith("blake2b:") for one in found)
     use(keys, OTHER)
-    assert digest(b"x") != (use(keys, KEY), digest(b"x"))[1]
+    assert keyed_digest(b"x") != (use(keys, KEY), keyed_digest(b"x"))[1]
 
 
 @pytest.mark.parametrize("kind", ["blocks", "headers"])
@@ -98,9 +98,9 @@ def test_with_a_key_a_digest_without_one_is_refused(kind: str, keys: Keys) -> No
     ((_, header, _, _),) = manifest["files"].values()
     use(keys, None)
     if kind == "blocks":
-        manifest["files"][data][3] = [digest(location.objects[data][header:])]
+        manifest["files"][data][3] = [keyed_digest(location.objects[data][header:])]
     else:
-        manifest["files"][data][2] = digest(location.objects[data][:header])
+        manifest["files"][data][2] = keyed_digest(location.objects[data][:header])
     use(keys, KEY)
     location.objects[name] = seal(manifest)
     step, (reason,) = newest(CheckpointStore(location))

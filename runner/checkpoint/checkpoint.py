@@ -14,7 +14,7 @@ from torch import Tensor
 
 from runner.activity import doing
 from runner.checkpoint.encoding import decode, encode, in_memory_order, orders
-from runner.checkpoint.manifest import MAX_TENSORS, CommitId, digest
+from runner.checkpoint.manifest import MAX_TENSORS, CommitId, keyed_digest
 from runner.checkpoint.sharding import Box, FileGroup, LocalShard, cells_in, distribute, is_distributed, shard
 from runner.checkpoint.tensor_file import BLOCK, Damaged, Kind, StoredFile, bytes_of
 from runner.distributed.communicator import SINGLE_PROCESS, Communicator, on_all_ranks
@@ -102,7 +102,7 @@ class Reader:
 
 
 def _require_digest(file: str, begin: int, data: list[memoryview], expected: str) -> None:
-    actual = digest(*data)
+    actual = keyed_digest(*data)
     if actual != expected:
         raise Damaged(f"{file} bytes {begin} to {begin + sum(map(len, data))}: digest {actual}, expected {expected}")
 

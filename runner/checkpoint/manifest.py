@@ -35,7 +35,7 @@ def seal_of(body: bytes) -> bytes:
     return seal.encode()
 
 
-def digest(*data: Buffer) -> str:
+def keyed_digest(*data: Buffer) -> str:
     """The digest of bytes in one piece or several, as ``hashing.checksum`` makes it with the key of this process."""
     return checksum(*data, key=_key())
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from runner.activity import doing
 from runner.checkpoint.encoding import encode
-from runner.checkpoint.manifest import FORMAT, CommitId, digest
+from runner.checkpoint.manifest import FORMAT, CommitId, keyed_digest
 from runner.checkpoint.sharding import FileGroup, WritePlan, is_distributed, local, plan, shard
 from runner.checkpoint.tensor_file import StoredFile, bytes_of, memory_key
 from runner.distributed.communicator import SINGLE_PROCESS, Communicator, PerRank
@@ -76,7 +76,7 @@ class Snapshot:
 def _content_digest(tensors: Iterable[Tensor], *, most: int = _COMPARED_OF_TENSOR) -> str:
     """A digest of the first ``most`` elements of each tensor."""
     pieces = (tensor.reshape(-1)[:most].cpu() for tensor in tensors if not is_distributed(tensor))
-    return digest(*(bytes_of(piece.resolve_conj().resolve_neg().contiguous()) for piece in pieces))
+    return keyed_digest(*(bytes_of(piece.resolve_conj().resolve_neg().contiguous()) for piece in pieces))
 
 
 def rank_files(snapshot: Snapshot, plan: WritePlan, files: Sequence[tuple[str, StoredFile]]) -> RankFiles:
@@ -133,7 +133,7 @@ def _part_digests(snapshot: Snapshot, plan: WritePlan) -> dict[str, str]:
         lines[name.partition("/")[0]].append(f"{name} {original}")
     for part, content in snapshot.contents.items():
         lines.setdefault(part, []).append(content)
-    return {part: digest("\n".join(text).encode()) for part, text in lines.items()}
+    return {part: keyed_digest("\n".join(text).encode()) for part, text in lines.items()}
 
 
 def _require_alike(rank: int, entries: RankFiles, first: RankFiles) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runner.checkpoint.manifest import digest
+from runner.checkpoint.manifest import keyed_digest
 from runner.errors import RunnerError, StateError
 from runner.storage.location import Buffer
 
@@ -114,7 +114,7 @@ class SafetensorsFile:
     def chunks(self) -> Iterator[Buffer]:
         """The bytes of the file in order; the tensors are digested meanwhile."""
         with ThreadPoolExecutor(1) as pool:
-            digests = pool.submit(lambda: [digest(*block) for block in blocks(self._views())])
+            digests = pool.submit(lambda: [keyed_digest(*block) for block in blocks(self._views())])
             yield self._header
             yield from self._views()
             self._digests = digests.result()
@@ -124,7 +124,7 @@ class SafetensorsFile:
 
     def stored(self, size: int) -> StoredFile:
         """The written file, which has ``size`` bytes."""
-        return StoredFile(size, len(self._header), digest(self._header), self._digests)
+        return StoredFile(size, len(self._header), keyed_digest(self._header), self._digests)
 
 
 def in_file_order(kinds: Mapping[str, Kind]) -> dict[str, Kind]:

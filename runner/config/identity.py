@@ -71,7 +71,7 @@ def variant(overrides: Sequence[str]) -> str:
     safe = _UNSAFE.sub("_", full)
     if safe == full and len(safe) <= _LONGEST:
         return safe
-    return f"{safe[: _LONGEST - 9]}~{digest(full)}"
+    return f"{safe[: _LONGEST - 9]}~{value_digest(full)}"
 
 
 def quote_run_names(words: Sequence[str]) -> list[str]:
@@ -92,7 +92,7 @@ def is_name(text: str) -> bool:
     return bool(text) and not _UNSAFE.search(text) and text[0] not in ".-" and len(text) <= _LONGEST
 
 
-def digest(value: object) -> str:
+def value_digest(value: object) -> str:
     """Eight hex digits of a hash of plain values."""
     return sha256_digest(json.dumps(_sorted(value)).encode())[:8]
 

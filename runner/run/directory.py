@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from runner.config.identity import IDENTITY, digest
+from runner.config.identity import IDENTITY, value_digest
 from runner.config.secrets import Unresolved
 from runner.errors import ConfigError, StorageError, printable
 from runner.plain import MAX_DEPTH, MAX_DIGITS, parse
@@ -163,7 +163,7 @@ class RunDirectory:
     def result(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         """The result of the run; None if it is not finished, or was finished with another configuration."""
         result = self._json(_RESULT)
-        if result is None or result.get("identity") != digest(identity):
+        if result is None or result.get("identity") != value_digest(identity):
             return None
         objective: Any = result.get("objective") or {}
         metrics: Any = result.get("metrics")
@@ -192,7 +192,8 @@ class RunDirectory:
 
     def finish(self, identity: dict[str, Any], result: dict[str, Any]) -> None:
         """Declare the run finished."""
-        self.location.replace(_RESULT, [attempts.encode({"identity": digest(identity), **result}, allow_nan=False)])
+        record = {"identity": value_digest(identity), **result}
+        self.location.replace(_RESULT, [attempts.encode(record, allow_nan=False)])
 
     def _sections(self, config: Any, name: str) -> dict[str, Any]:
         """A stored configuration. Raises StorageError if it, or one of its sections, is not a mapping."""

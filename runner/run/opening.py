@@ -16,7 +16,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from runner.config.identity import ChangedKey, compare, digest
+from runner.config.identity import ChangedKey, compare, value_digest
 from runner.config.schema import OnConflict, OnDrift
 from runner.errors import ConfigError, DriftRefused, FinishedMeanwhile, StorageError, printable
 from runner.run import attempts
@@ -145,7 +145,7 @@ def has_trained(directory: RunDirectory) -> bool:
 def _fork(spec: RunSpec) -> RunSpec:
     """The fork's name is made from its configuration, so that the same command finds it again."""
     parent = spec.directory
-    variant = f"{parent.variant}~{digest(spec.identity)}"
+    variant = f"{parent.variant}~{value_digest(spec.identity)}"
     fork = RunDirectory.under(parent.root, parent.experiment, variant, parent.options)
     refuse_links(fork.root, fork.name)
     result = fork.complete_result(spec.identity) if fork.record() is not None else None

@@ -29,7 +29,7 @@ from hydra.utils import instantiate, to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
 from runner import errors
-from runner.config.identity import digest, variant
+from runner.config.identity import value_digest, variant
 from runner.errors import ConfigError, NonFiniteError, RunInUse, SweepFailed
 from runner.hashing import derive
 from runner.storage import open_location
@@ -105,7 +105,7 @@ class Study(Sweeper):
         plugin.direction, plugin.sampler = _direction(self._config), _Sampler(self._config)
         name = settings.study_name or f"{self._config.hydra.runtime.choices.experiment}/{variant(space)}"
         plugin.study_name, plugin.storage = name, _database(self._config)
-        lock = open_location(to_absolute_path(self._config.hydra.sweep.dir)).lock(f"optuna-{digest(name)}.lock")
+        lock = open_location(to_absolute_path(self._config.hydra.sweep.dir)).lock(f"optuna-{value_digest(name)}.lock")
         if lock is None:  # two would record each other's trials
             raise RunInUse(f"study {name}: another process works on it. Run this command again when that has ended")
         try:

@@ -43,7 +43,7 @@ import torch
 from torch import nn
 
 from runner.checkpoint.encoding import encode
-from runner.checkpoint.manifest import digest
+from runner.checkpoint.manifest import keyed_digest
 from runner.checkpoint.sharding import is_distributed
 from runner.hashing import hex_digest
 
@@ -67,17 +67,17 @@ def of_value(value: Any) -> str:
     """
     if isinstance(value, np.ndarray | np.generic) and not np.asarray(value).dtype.hasobject:
         array = np.ascontiguousarray(value)
-        return f"{array.dtype}{[*array.shape]} {digest(array.reshape(-1).view(np.uint8).data)}"
+        return f"{array.dtype}{[*array.shape]} {keyed_digest(array.reshape(-1).view(np.uint8).data)}"
     if isinstance(value, torch.Tensor):
         whole: torch.Tensor = value.full_tensor() if is_distributed(value) else value  # type: ignore[attr-defined]
         tensor = whole.detach().cpu()
         tensor = (tensor if tensor.layout is torch.strided else tensor.to_dense()).resolve_conj().resolve_neg()
         tensor = tensor.contiguous()  # kept while its memory is read
-        return f"{str(tensor.dtype).removeprefix('torch.')}{[*tensor.shape]} {digest(_memory(tensor))}"
+        return f"{str(tensor.dtype).removeprefix('torch.')}{[*tensor.shape]} {keyed_digest(_memory(tensor))}"
     if not isinstance(value, str | bytes | int | float | bool | None):
         return type(value).__qualname__
     text = repr(value)
-    return text if len(text) <= _SHORT else digest(text.encode())
+    return text if len(text) <= _SHORT else keyed_digest(text.encode())
 
 
 def _values(path: str, value: Any) -> Iterator[tuple[str, str]]:
@@ -91,7 +91,7 @@ def _values(path: str, value: Any) -> Iterator[tuple[str, str]]:
             yield from _values(f"{path}/{number}", inner)
     elif not (isinstance(value, dict) and value.get("$") == "tensor"):
         text = json.dumps(value, sort_keys=True)
-        yield path, text if len(text) <= _SHORT else digest(text.encode())
+        yield path, text if len(text) <= _SHORT else keyed_digest(text.encode())
 
 
 PLAIN = (str, bytes, bool, int, float, complex, type(None))
