@@ -1,6 +1,7 @@
 """Gradual unfreezing by the step."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from crews import Crews
 from lives import Lives
 from results import results
 
+from runner.callbacks.unfreeze import Unfreeze
 from runner.checkpoint.store import CheckpointStore
 from runner.runs.__main__ import main
 from runner.storage import LocalLocation
@@ -38,6 +40,20 @@ def test_weights_are_trained_from_their_step_on(life: Lives, tmp_path: Path) -> 
     assert life(*command, "run.name=cut").status == 0
     assert not results(tmp_path / "smoke/cut").differences(results(tmp_path / "smoke/whole"))
     assert main(["audit", str(tmp_path / "smoke/cut")]) == 0
+
+
+def test_a_resume_freezes_what_the_saved_step_had_frozen() -> None:
+    """Weights that are due in the next step were frozen when it was saved."""
+    model = torch.nn.ModuleList([torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)])
+    state = SimpleNamespace(
+        model=model, optimizer=torch.optim.SGD(model.parameters()), progress=SimpleNamespace(step=6)
+    )
+    thaw = Unfreeze({0: "0", 6: "1"})
+    thaw.on_build(SimpleNamespace(state=state))  # type: ignore[arg-type]
+    thaw.on_resume(state)  # type: ignore[arg-type]
+    assert [layer.weight.requires_grad for layer in model] == [True, False]
+    thaw.on_step_start(SimpleNamespace(step=6))  # type: ignore[arg-type]
+    assert [layer.weight.requires_grad for layer in model] == [True, True]
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])

@@ -646,6 +646,8 @@ def test_lost_memory_is_noted_without_caches_and_private_names() -> None:
     run = RunTrace("killed", [replace(attempt, events=(resumed,))])
     lost = {("task.seen", "", None), ("data.train.drawn", "48", None)}
     assert {*lost_memory(run, undisturbed)} == lost
+    attempt.select("built")[0]["epoch"] = None  # an iterable is loaded with its first sample
+    assert {*lost_memory(run, undisturbed)} == {("task.seen", "", None)}
 
 
 def test_a_limit_by_the_clock_is_left_out(servers: Servers, scratch: Path) -> None:

@@ -40,8 +40,8 @@ class Unfreeze(Callback):
         self._set(-1)
 
     def on_resume(self, state: TrainState) -> None:
-        """Thaw what earlier attempts have thawed."""
-        self._set(state.progress.step)
+        """Thaw what earlier attempts have thawed; ``on_step_start`` thaws what is due now."""
+        self._set(state.progress.step - 1)
 
     def on_step_start(self, loop: Loop) -> None:
         """Thaw what is due."""

@@ -110,10 +110,13 @@ def difference_of_results(run: RunTrace, undisturbed: RunTrace) -> FirstDifferen
 
 def lost_memory(run: RunTrace, undisturbed: RunTrace) -> tuple[Remembered, ...]:
     """Memory that training changes and that a load lost, as (path, undisturbed, killed): one entry for a container;
-    of data sets, whose samples were compared, only numbers; without the internals of libraries.
+    of data sets, whose samples were compared, only numbers; without the internals of libraries, and of an iterable,
+    which is loaded with its first sample.
     """
     steps, changing = undisturbed.by_step(), {path for path, _, _ in changes(undisturbed)}
-    internals = (undisturbed.evidence or {}).get("private", ())
+    internals = [*(undisturbed.evidence or {}).get("private", ())]
+    if undisturbed.attempts[0].select("built")[0]["epoch"] is None:
+        internals.append("data.train")
     entries = [
         entry
         for _, event in run.compared()
