@@ -1,4 +1,4 @@
-"""The price of a start: from the command to the first step, and the no-op re-run of a finished run.
+"""The price of a start: from the command to the first step, fresh and resumed, and the no-op re-run of a finished run.
 
     first step   ``python -m runner experiment=smoke`` in a new run directory, until its first optimizer step is done
                  (its task is the ``stopwatch`` below, which says so and leaves), against a script that imports the same
@@ -6,15 +6,21 @@
     no-op        ``python -m runner experiment=smoke`` where that run is finished, until it has exited, against
                  ``python -c "import torch, hydra"``
 
+    resumed      from the command to the first new step of a run that SIGKILL ended, against the first step of a new run
+                 of the same model, whose state (weights and two moments) has so many ``--megabytes``; below ``--root``,
+                 which may be remote
+
 Both sides take turns, so that other load on the machine meets both; figures are medians over the turns, ratios are of
 those, and the spread is the quartiles of the ratios within one turn. Files are in the page cache and bytecode is
 compiled: one turn goes before the first that counts.
 
     python -m benchmarks.startup --turns 10            # from the root of the repository; some minutes
+    python -m benchmarks.startup --megabytes 60 600 --root s3://bucket/folder
 """
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,9 +28,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any, NoReturn
+from typing import Any
 
 from tabulate import tabulate
+
+from runner.callbacks.base import Observer
 
 ROOT = Path(__file__).parent.parent
 DONE = "the first step is done"
@@ -53,16 +61,30 @@ os._exit(0)
 
 
 def stopwatch(**settings: Any) -> Any:
-    """In the runner's process: the task of the smoke experiment, which ends the process after the first step."""
+    """In the runner's process: the task of the smoke experiment, which kills the process after the first step, or in
+    the first step after ``COMMIT`` appears in the environment and a checkpoint was committed.
+    """
     from runner.tasks.classification import Classification
 
     class Stopwatch(Classification):
-        def optimization_step(self, *arguments: Any) -> NoReturn:
-            super().optimization_step(*arguments)
-            print(DONE, flush=True)
-            os._exit(0)
+        def optimization_step(self, *arguments: Any) -> Any:
+            metrics = super().optimization_step(*arguments)
+            if "COMMIT" not in os.environ or commits:
+                print(DONE, flush=True)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return metrics
 
     return Stopwatch(**settings)
+
+
+commits: list[int] = []
+
+
+class NoteCommit(Observer):
+    """Tells the stopwatch of commits."""
+
+    def on_commit(self, step: int) -> None:
+        commits.append(step)
 
 
 def seconds_until(line: str | None, command: Sequence[str]) -> float:
@@ -80,8 +102,30 @@ def seconds_until(line: str | None, command: Sequence[str]) -> float:
     return time.perf_counter() - start
 
 
-def runner(folder: Path, *overrides: str) -> list[str]:
-    return [sys.executable, "-m", "runner", "experiment=smoke", f"run.root={folder}", *overrides]
+def runner(root: Path | str, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "runner", "experiment=smoke", f"run.root={root}", *overrides]
+
+
+def resumed(root: str, megabytes: int, turns: int) -> list[str]:
+    """The cells of a table for a resumed start of a state of this size."""
+    width = megabytes * 1_000_000 // (3 * 4 * (64 + 1 + 10))  # weights and two moments, of 4 bytes each
+    overrides = [
+        f"model.hidden=[{width}]",
+        "task._target_=benchmarks.startup.stopwatch",
+        "+observers.commits._target_=benchmarks.startup.NoteCommit",
+        "checkpoint.every_steps=1",
+        "trainer.max_steps=1000",
+        "trainer.evaluate_every_steps=1000",
+    ]
+    killed = runner(f"{root}/resumed{megabytes}", *overrides)
+    os.environ["COMMIT"] = "1"
+    seconds_until(DONE, killed)
+    del os.environ["COMMIT"]
+    return compare(
+        lambda turn: seconds_until(DONE, runner(f"{root}/fresh{megabytes}-{turn}", *overrides)),
+        lambda turn: seconds_until(DONE, killed),
+        turns,
+    )
 
 
 def compare(bare: Callable[[int], float], ours: Callable[[int], float], turns: int) -> list[str]:
@@ -89,9 +133,9 @@ def compare(bare: Callable[[int], float], ours: Callable[[int], float], turns: i
     pairs = []
     for turn in range(-1, turns):
         first, second = (bare, ours) if turn % 2 else (ours, bare)
-        found = first(turn), second(turn)
+        seconds = first(turn), second(turn)
         if turn >= 0:
-            pairs.append(found if turn % 2 else found[::-1])
+            pairs.append(seconds if turn % 2 else seconds[::-1])
     low, _, high = quantiles((b / a for a, b in pairs), n=4)
     a, b = median(a for a, _ in pairs), median(b for _, b in pairs)
     return [f"{a:.2f}", f"{b:.2f}", f"{b / a:.2f}", f"{low:.2f} .. {high:.2f}"]
@@ -100,7 +144,16 @@ def compare(bare: Callable[[int], float], ours: Callable[[int], float], turns: i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=10)
-    turns = parser.parse_args().turns
+    parser.add_argument("--megabytes", type=int, nargs="*", help="only resumed starts, of states of these sizes")
+    parser.add_argument("--root", help="the folder of the resumed runs, local (default: a temporary one) or remote")
+    arguments = parser.parse_args()
+    turns = arguments.turns
+    if arguments.megabytes:
+        with tempfile.TemporaryDirectory() as temporary:
+            rows = [[f"{size} MB", *resumed(arguments.root or temporary, size, turns)] for size in arguments.megabytes]
+        headers = ["resumed", "fresh s", "resumed s", "ratio", "spread"]
+        print(tabulate(rows, headers, tablefmt="github", disable_numparse=True))
+        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         first_step = compare(
