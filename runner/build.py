@@ -3,6 +3,7 @@
 import copy
 import logging
 import traceback
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -377,6 +378,8 @@ def training_steps(trainer: TrainerConfig, plan: Plan | None) -> int | None:
 
 def _schedulers(config: Config, optimizer: Any, plan: Plan | None) -> tuple[Any, Any]:
     """The scheduler and its interval; for several optimizers those of each. Raises ConfigError."""
+    # A step without an update moves the schedule, too: one whose rollouts are all dropped, or that overflowed.
+    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
     node = config.scheduler
     if not isinstance(optimizer, Named):
         return _scheduler(config, node, "scheduler", optimizer, plan)

@@ -3,7 +3,6 @@
 Also the model and the task of a run outside of training, and weights that another program wrote.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -402,10 +401,8 @@ def _load(
             part = f"scheduler.{name}" if name else "scheduler"
             scheduler.load_state_dict({**checkpoint.load(part), **settings})
             continue
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
-            for _ in range(state.progress.step if interval == "step" else state.stream.epochs):
-                scheduler.step()
+        for _ in range(state.progress.step if interval == "step" else state.stream.epochs):
+            scheduler.step()
 
 
 def _keep_settings(optimizer: Any, groups: list[dict[str, Any]], *, lr: bool) -> None:

@@ -3,6 +3,7 @@
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -51,9 +52,7 @@ def test_a_page_works_as_printed(page: Path, tmp_path: Path) -> None:
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     for kind, text in BLOCK.findall(page.read_text()):
         if kind in ("python", "yaml"):
-            file = tmp_path / NAME.search(text)[1]
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text)
+            write(text, tmp_path)
         elif kind == "sh" and "python3 -m venv" not in text:  # that is what continuous integration begins with
             done = subprocess.run(
                 ["bash", "-e", "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
@@ -62,6 +61,41 @@ def test_a_page_works_as_printed(page: Path, tmp_path: Path) -> None:
             assert done.returncode == 0, f"{text}\n{printed}"
         elif kind == "output":
             assert not [line for line in numberless(text) if line not in "\n".join(numberless(printed))], printed
+
+
+SHOWN = [
+    (page, command)
+    for page in DOCS.rglob("*.md")
+    for kind, text in BLOCK.findall(page.read_text())
+    for command in re.findall("^python -m runner (.+)$", text, re.MULTILINE)
+    if kind == "text"
+]
+
+
+@pytest.mark.parametrize(("page", "command"), SHOWN, ids=lambda value: getattr(value, "stem", "command"))
+def test_a_command_that_is_only_shown_composes(page: Path, command: str, tmp_path: Path) -> None:
+    """It needs a service or a cluster, so the tests of these run it; here, its keys and values are real."""
+    for kind, text in BLOCK.findall(page.read_text()):
+        if kind == "yaml":
+            write(text, tmp_path)
+    words = [re.sub(",.*", "", word) if " " not in word else word for word in shlex.split(command) if word != "-m"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "WEBHOOK": "https://example.org"}
+    done = subprocess.run(
+        [sys.executable, "-m", "runner", *words, "--cfg", "all"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def write(text: str, folder: Path) -> None:
+    """A block of code into the file that it names."""
+    file = folder / NAME.search(text)[1]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
 
 
 def numberless(text: str) -> list[str]:

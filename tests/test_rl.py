@@ -365,6 +365,11 @@ def test_a_killed_run_is_the_undisturbed_run(way: str, life: Lives, tmp_path: Pa
     assert len({line.partition("rollouts=")[2][:16] for line in ledger(cut).values()}) == 12
 
 
+def test_a_first_step_without_an_update_is_no_warning(life: Lives, tmp_path: Path) -> None:
+    ended = life(*SMALL, "task.groups=1000", "trainer.max_steps=2", f"run.root={tmp_path}", cwd=USER)
+    assert (ended.status, "Warning" in ended.output) == (0, False), ended.output
+
+
 def test_the_reference_is_the_parent_and_no_checkpoint_has_it(life: Lives, tmp_path: Path) -> None:
     root = f"run.root={tmp_path}"
     same = [each for each in SMALL if not each.startswith(("task.", "~task.", "+task.", "experiment=", "trainer."))]
