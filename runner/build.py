@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 import traceback
 import warnings
 from collections.abc import Mapping
@@ -484,11 +485,12 @@ def _instantiation_error(node: DictConfig, key: str, error: InstantiationExcepti
 
 def _hint(message: str, key: str) -> str:
     """The remedy for an argument that may come from an option, with which Hydra merges the experiment's own keys."""
-    if "unexpected keyword argument" not in message:
+    if not (argument := re.search(r"unexpected keyword argument '(\w+)'", message)):
         return ""
+    remedy = f". '~{key}.{argument[1]}' leaves it out. If an option gave it, "
     if "." in key:
-        return f". If an option gave it, which Hydra merges with your {key}, give its whole group without the option"
-    return f". If the option that was chosen for {key} gave it, choose none: `defaults: [override /{key}: null]`"
+        return f"{remedy}which Hydra merges with your {key}, give its whole group without the option"
+    return f"{remedy}choose none: `defaults: [override /{key}: null]`"
 
 
 def _path(thing: Any) -> str:

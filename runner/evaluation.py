@@ -36,6 +36,10 @@ _SIDE_EFFECT = (
     "the evaluation changes %s of the model in training, so that training depends on how often it is evaluated: let "
     "%s.evaluation_step neither call model.train() nor write to the model"
 )
+_NOT_RESET = (
+    "%s keeps the values of this evaluation, and the next evaluation, or the next set, adds its own to them: call "
+    "its reset() in evaluation_end"
+)
 
 log = logging.getLogger("runner")
 
@@ -63,8 +67,8 @@ def evaluate(
     summed in double precision. The processes of the team divide the batches among themselves.
 
     Runs without gradients, in evaluation mode and with a random seed of ``key``. ``trained`` is the model in training,
-    where its average is evaluated. Warns of weights and buffers that the evaluation changed, unless their names are
-    among those already ``changed``, to which they are added.
+    where its average is evaluated. Warns of weights and buffers that the evaluation changed, and of metrics of the task
+    that it did not reset, unless their names are among those already ``changed``, to which they are added.
 
     Raises EvaluationInterrupted after a stop signal, and EvaluationFailed for any error and for a report without the
     ``metric``, in all processes and with the buffers of both models and the task's state as they were before. An
@@ -73,6 +77,7 @@ def evaluate(
     """
     backup = _Backup([*dict.fromkeys([model, trained or model])], task)
     report: dict[str, float | str] = {}
+    updates = _updates(task)
     try:
         for name, data in sets.items():
             seed = derive(name, key) if len(sets) > 1 else key
@@ -93,7 +98,17 @@ def evaluate(
     if changed is not None and (names := backup.changes() - changed):
         changed |= names
         log.warning(_SIDE_EFFECT, printable(shorten(", ".join(sorted(names)), 200)), type(task).__name__)
+    left = {name for name, count in _updates(task).items() if count > updates.get(name, 0)}
+    if changed is not None and (names := left - changed):
+        changed |= names
+        log.warning(_NOT_RESET, ", ".join(sorted(names)))
     return report
+
+
+def _updates(task: Task) -> dict[str, int]:
+    """How often each metric of torchmetrics that the task has was updated since its last reset."""
+    parts = {f"task.{name}": part for name, part in vars(task).items() if isinstance(part, nn.Module)}
+    return {name: max(getattr(each, "update_count", 0) for each in part.modules()) for name, part in parts.items()}
 
 
 def _report(

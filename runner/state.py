@@ -158,7 +158,9 @@ class TrainState:
         others = {name: shape for name, shape in shapes.items() if name not in matches}
         only_here = [f"{name} {shape}" for name, shape in others.items() if memory_key(local(live[name])) not in memory]
         if not matches:
-            raise StateError(f"no weight of step {checkpoint.step} of the parent has a name and shape of this model")
+            first = f"the first are {next(iter(theirs), None)} there and {next(iter(shapes), None)} here"
+            what = f"no weight of step {checkpoint.step} of the parent has a name and shape of this model"
+            raise StateError(f"{what}: {first}")
         for name, place in places.items() if strict else ():
             key = saved_name(name)
             value = live.get(key)

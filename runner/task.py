@@ -158,6 +158,10 @@ def check_metrics(metrics: Any, step: str, *, training: bool = True) -> Metrics:
     ``step`` that returned the metrics.
     """
     if type(metrics) is not dict and any(base.__name__ == "ModelOutput" for base in type(metrics).__mro__):
+        if metrics.loss is None and training:
+            raise TaskError(
+                f"{step} returned a {type_text(metrics)} without a loss: the model needs labels in its batch"
+            )
         metrics = {} if metrics.loss is None else {"loss": metrics.loss}
     if type(metrics) is not dict and not isinstance(metrics, Mapping):
         raise TaskError(f"{step} returned a {type_text(metrics)}; expected a dict of scalar tensors, as in {_EXAMPLE}")

@@ -123,9 +123,10 @@ MISTAKES = {
     "an optimizer that this torch lacks": smoke(
         "module 'torch.optim'? This is torch 2.", "optimizer._target_=torch.optim.Missing"
     ),
+    "a key of the schema": smoke("set trainer.max_steps=null", "~trainer.max_steps"),
     "wrong argument": smoke("unexpected keyword argument 'x'", "+optimizer.x=1"),
     "an argument of the option": smoke(
-        "'betas'. If the option that was chosen for optimizer gave it, choose none: `defaults: [override /optimizer: ",
+        "'betas'. '~optimizer.betas' leaves it out. If an option gave it, choose none: `defaults: [override",
         "optimizer=adamw",
         "optimizer._target_=torch.optim.SGD",
     ),

@@ -34,13 +34,13 @@ def using(name: str) -> str:
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        ((using("Unsized"),), ["data.train is a Unsized without __len__; both are needed"]),
-        (("data.train.size=0",), ["data.train is empty: a Rows of length 0"]),
+        ((using("Unsized"),), ["data.train is of class Unsized without __len__; both are needed"]),
+        (("data.train.size=0",), ["data.train is empty: Rows of length 0"]),
         (("data.validation.size=0",), ["data.validation is empty"]),
         ((using("Stateless"),), ["Stateless", "state_dict", "data.replay=true", "__getitem__"]),
         (
             ("data.validation._target_=mine.data.Iterable",),
-            ["data.validation is a Iterable without __len__ and __getitem__"],
+            ["data.validation is of class Iterable without __len__ and __getitem__"],
         ),
         ((using("Hidden"),), ["sample 0 of Hidden", "drawn again", "np.random.default_rng()", "runtime.audit=false"]),
         (("data.validation._target_=mine.data.Hidden",), ["of Hidden", "drawn again with the same seed"]),

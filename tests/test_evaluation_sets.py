@@ -50,6 +50,15 @@ def test_rows_and_torchmetrics_are_those_of_one_process(size: int, life: Lives, 
     assert {name: many[f"val/{name}"] for name in exact} == {name: one[f"val/{name}"] for name in exact}
 
 
+@pytest.mark.parametrize(("task", "times"), [("Scores", 0), ("Kept", 1)])
+def test_a_metric_that_is_not_reset_is_warned_of(task: str, times: int, life: Lives, tmp_path: Path) -> None:
+    pytest.importorskip("torchmetrics")
+    often = ("trainer.evaluate_every_steps=2", f"run.root={tmp_path}")
+    ended = life(*SCORES, f"task._target_=mine.scores.{task}", *often, cwd=USER)
+    assert ended.status == 0, ended.output
+    assert ended.output.count("task.f1 keeps the values of this evaluation") == times, ended.output
+
+
 def test_lists_of_a_process_without_a_batch_have_a_type(life: Lives, crew: Crews, tmp_path: Path) -> None:
     pytest.importorskip("torchmetrics")
     one_batch = (

@@ -161,7 +161,7 @@ def test_mistakes_about_weights_are_reported(life: Lives, tmp_path: Path) -> Non
             "torn.safetensors": "cannot be read as safetensors",
             "hf": "has a config.json and no model.safetensors. Save it with save_pretrained",
             "w.safetensors run.inherit=all": "has weights only; leave run.inherit out",
-            "other.safetensors": "has a name and shape of this model",
+            "other.safetensors": "has a name and shape of this model: the first are other.",
             "index": "names ../w.safetensors, which is not beside it",
             "missing.safetensors": "is not a run directory",
         }.items()

@@ -317,7 +317,7 @@ def test_data_without_positions_is_refused_by_key_and_type() -> None:
         (Endless(), "Endless", both),
         ({1}, "set", "__getitem__"),
     ):
-        with pytest.raises(DataError, match=rf"^data\.train is a .*{kind} without {missing}; both are needed"):
+        with pytest.raises(DataError, match=rf"^data\.train is of class .*{kind} without {missing}; both are needed"):
             require_map_style(data, "data.train")
 
 
@@ -330,12 +330,12 @@ def test_a_length_that_is_no_number_of_samples_is_refused(length: Any) -> None:
         def __getitem__(self, index: int) -> int:
             return index
 
-    with pytest.raises(DataError, match=r"^data\.train is a .*Odd whose length is not a number of samples: "):
+    with pytest.raises(DataError, match=r"^data\.train is of class .*Odd, whose length is not a number of samples: "):
         require_map_style(Odd(), "data.train")
 
 
 def test_empty_data_is_refused_by_key() -> None:
-    with pytest.raises(DataError, match=r"^data\.validation is empty: a list of length 0"):
+    with pytest.raises(DataError, match=r"^data\.validation is empty: list of length 0"):
         require_map_style([], "data.validation")
 
 

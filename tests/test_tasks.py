@@ -106,7 +106,7 @@ def test_an_output_of_transformers_counts_as_its_loss() -> None:
 
     assert check_metrics(CausalOutput(loss=torch.ones(()), logits=torch.ones(3, 2)), "step") == {"loss": torch.ones(())}
     CausalOutput.loss = None
-    with pytest.raises(TaskError, match="step returned nothing and no 'loss'"):
+    with pytest.raises(TaskError, match="step returned a CausalOutput without a loss: the model needs labels"):
         check_metrics(CausalOutput(logits=torch.ones(3, 2)), "step")
 
 

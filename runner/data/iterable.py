@@ -330,7 +330,7 @@ class IterableStream(TrainingStream):
         )
         shares = f"; each worker reads what {name} gives it by torch.utils.data.get_worker_info()" * (workers > 1)
         only = f"and only with runtime.num_workers={workers}{shares}"
-        return f"data.train is a {name}, an iterable: a resume continues {method}, {only}"
+        return f"data.train is an iterable ({name}): a resume continues {method}, {only}"
 
     def open(self) -> None:
         self.close()
@@ -462,7 +462,7 @@ class IterableStream(TrainingStream):
             )
         dropped = f", or less than a batch of {size} in each worker, which is dropped" * self._options.drop_last
         return DataError(
-            f"data.train is empty: a {name} that yielded nothing in a whole pass{dropped}; look at files and filters"
+            f"data.train is empty: {name} yielded nothing in a whole pass{dropped}; look at files and filters"
         )
 
 
@@ -470,6 +470,10 @@ def _require_iterable(samples: Any) -> None:
     """Raise DataError unless each ``iter`` of the samples can begin anew or at a state."""
     name = type(samples).__qualname__
     if not hasattr(samples, "__iter__"):
-        raise DataError(f"data.train is a {name}, which is neither map-style (__len__, __getitem__) nor has __iter__")
+        raise DataError(
+            f"data.train is of class {name}, which is neither map-style (__len__, __getitem__) nor has __iter__"
+        )
     if hasattr(samples, "__next__") and not stateful(samples):
-        raise DataError(f"data.train is a {name}, which can be read only once; give it as an object with __iter__")
+        raise DataError(
+            f"data.train is of class {name}, which can be read only once; give it as an object with __iter__"
+        )

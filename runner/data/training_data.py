@@ -42,7 +42,7 @@ def training_data(
     if isinstance(samples, IterableDataset) or (hasattr(samples, "__iter__") and not hasattr(samples, "__getitem__")):
         if world.size > 1:
             raise ConfigError(
-                f"data.train is a {type(samples).__qualname__}, an iterable: each of {world.size} processes would read "
+                f"data.train is an iterable ({type(samples).__qualname__}): each of {world.size} processes would read "
                 "all of it. Make it map-style (__len__, __getitem__), or train in one process"
             )
         if weights is not None:
@@ -85,15 +85,15 @@ def require_map_style(samples: Any, key: str) -> Samples:
     missing = both if isinstance(samples, IterableDataset) else [each for each in both if not hasattr(samples, each)]
     if missing:
         raise DataError(
-            f"{key} is a {name} without {' and '.join(missing)}; both are needed, so that a position says "
+            f"{key} is of class {name} without {' and '.join(missing)}; both are needed, so that a position says "
             "which sample comes next"
         )
     try:
         size = len(samples)
     except (TypeError, ValueError) as error:  # raised by a user's __len__
-        raise DataError(f"{key} is a {name} whose length is not a number of samples: {error}") from error
+        raise DataError(f"{key} is of class {name}, whose length is not a number of samples: {error}") from error
     if size == 0:
-        raise DataError(f"{key} is empty: a {name} of length 0")
+        raise DataError(f"{key} is empty: {name} of length 0")
     if stateful(samples):
         why = "the position alone says which sample comes next, so no state of a data set with __getitem__ is saved"
         log.warning("ignored  state_dict of %s (a %s): %s", key, name, why)

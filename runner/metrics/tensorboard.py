@@ -128,7 +128,7 @@ def _summary(name: str, value: Any) -> Any:
     if array.dim() not in (1, *forms) or not array.numel() or array.is_complex():
         raise ValueError
     if array.dim() > 1:
-        return image(name, array.numpy(), dataformats=forms[array.dim()])  # type: ignore[no-untyped-call]
+        return image(name, array.nan_to_num().numpy(), dataformats=forms[array.dim()])  # type: ignore[no-untyped-call]
     if len(finite := array.double()[array.double().isfinite()]):
         return histogram(name, finite.numpy(), bins=_BINS)  # type: ignore[no-untyped-call]
     return text(name, "no value is finite")  # type: ignore[no-untyped-call]
