@@ -16,9 +16,9 @@ All keys, with their defaults. `python -m runner --help KEY` prints the same for
 `python -m runner experiment=NAME --cfg job` the composed configuration of an experiment. This page is made from
 `conf/config.yaml` by `docs/configuration.py`.
 
-Editors with a YAML language server complete and check keys, as the files of `conf/` do: write
-`python -m runner schema > schema.json` in your folder, and begin an experiment, after `# @package _global_`, with the
-line `# yaml-language-server: $schema=../schema.json`.
+Editors with a YAML language server complete and check keys, as the files of `conf/` do: run
+`python -m runner schema > my_conf/schema.json`, and begin a file in `my_conf/experiment/`, after `# @package _global_`,
+with the line `# yaml-language-server: $schema=../schema.json`.
 
 `model`, `task`, `optimizer`, `scheduler` and the data sets are objects: `_target_` names a class or function, and the
 other keys are its arguments.

@@ -202,6 +202,9 @@ def _explain(error: BaseException) -> str:
         return f"the override {shlex.quote(override)} cannot be read: {why}"
     message = f"{error}\n{error.__cause__}" if error.__cause__ else str(error)
     lines = [line for line in message.splitlines() if not line.strip().startswith(("object_type=", "reference_type="))]
+    if launcher := re.search("hydra/launcher/(submitit|joblib|ray)", message):
+        extra = launcher[1].replace("submitit", "slurm")
+        lines = [*lines[:1], f"Install it: pip install 'hydra-runner[{extra}]'"]
     if remedy := _unknown_key(error):
         # Hydra advises to append the key with +, which is refused as well.
         lines = [*(line for line in lines if not line.startswith("To append to your config use")), remedy]

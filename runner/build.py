@@ -24,7 +24,6 @@ from runner.callbacks.reporting import FiniteLoss, KeepLedger, NoteProgress, Rep
 from runner.callbacks.saving import SaveCheckpoint, SaveTimer
 from runner.checkpoint.store import CheckpointStore, Retention
 from runner.checkpoint.structure import Structure
-from runner.config.composition import import_hint
 from runner.config.schema import Config, Every, OnDrift, OnNonfinite, Parallel, Precision, TrainerConfig, plain_value
 from runner.data.ledger import Ledger
 from runner.data.mixture import head
@@ -33,7 +32,7 @@ from runner.data.stream import EvaluationData, TrainingStream
 from runner.data.training_data import loader_options, require_map_style, training_data
 from runner.distributed.communicator import Parallelism, Team
 from runner.distributed.world import World
-from runner.errors import ConfigError, RunnerError
+from runner.errors import ConfigError, RunnerError, import_hint
 from runner.evaluation import train_mode
 from runner.hashing import derive
 from runner.metrics.lines import LinesWriter

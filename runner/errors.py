@@ -4,9 +4,14 @@ A message says what failed and where, the expected and the actual value, and the
 Programs tell causes apart by the ``kind`` of an error, a short word given where it is raised, never by its message.
 """
 
+import os
 import re
+import sys
 import traceback
+from difflib import get_close_matches
+from pathlib import Path
 
+_EXTRAS = {"mlflow": "mlflow", "peft": "lora", "trackio": "trackio", "transformers": "lora", "wandb": "wandb"}
 _secrets: set[str] = set()  # values that this process read from its environment
 _USER = re.compile(r"(?<=://)()[^/?#\s@:]*:(?!:|\d+(?:/|$))[^\s@]*(?=@)")  # user and password, not host and port
 _QUERY = re.compile(
@@ -127,6 +132,28 @@ def kind_of(error: BaseException) -> str:
     if isinstance(error, RunnerError):
         return error.kind
     return "kernel" if "does not have a deterministic implementation" in str(error) else RunnerError.kind
+
+
+def import_hint(error: BaseException) -> str:
+    """What helps where Python did not find a module: the extra that has it, a similar name, or where Python looked.
+    Empty for any other error.
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if not isinstance(error, ModuleNotFoundError):
+        return ""
+    parent, _, name = str(error.name).rpartition(".")
+    if (package := str(error.name).partition(".")[0]) in _EXTRAS and package not in sys.modules:
+        return f" Install it: pip install 'hydra-runner[{_EXTRAS[package]}]'"
+    if parent in sys.modules:
+        module = sys.modules[parent]
+        similar = get_close_matches(name, dir(module), 1)
+        remedy = f" Did you mean {parent}.{similar[0]}?" if similar else ""
+        return f"{remedy} {parent} is {getattr(module, '__file__', None)}"
+    folders = [
+        folder for folder in dict.fromkeys(sys.path) if "/lib/python" not in folder and Path(folder or ".").is_dir()
+    ]
+    return f" Python looked in {', '.join(folder or os.getcwd() for folder in folders)}, and among installed packages"
 
 
 def printable(text: object) -> str:

@@ -1,5 +1,7 @@
 """What a newcomer gets wrong in files of their own is named, with the remedy."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from lives import Lives
 from omegaconf import OmegaConf
 
 from runner.build import instance
-from runner.errors import ConfigError
+from runner.errors import ConfigError, import_hint
 from runner.optimizers import takes_metric
 
 MODULE = """
@@ -49,6 +51,23 @@ def mistake(target: str) -> str:
 def test_a_similar_name_of_the_module_is_offered(own: Path) -> None:
     assert f"Did you mean own_file.net? own_file is {own}/own_file.py" in mistake("own_file.nett")
     assert "Did you mean torch.optim.Adam?" in mistake("torch.optim.Adm")
+
+
+def test_the_extra_of_a_missing_package_is_named() -> None:
+    missing = ModuleNotFoundError("No module named 'trackio.api'", name="trackio.api")
+    assert import_hint(missing) == " Install it: pip install 'hydra-runner[trackio]'"
+
+
+@pytest.mark.parametrize("plugin", ["launcher=joblib", "launcher=slurm", "sweeper=optuna"])
+def test_the_extra_of_a_missing_plugin_is_named(plugin: str, tmp_path: Path) -> None:
+    """Without any plugin of Hydra, as where only the package itself is installed."""
+    code = "import sys; sys.modules['hydra_plugins'] = None; from runner.__main__ import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "-m", "experiment=smoke", f"hydra/{plugin}"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    extra = plugin.partition("=")[2]
+    assert done.stderr.endswith(f": pip install 'hydra-runner[{extra}]'\n"), done.stderr
 
 
 def test_a_target_needs_its_module() -> None:

@@ -4,15 +4,12 @@ Hydra offers no place for either. Its function that decides which files are merg
 is given files without the keys that must not be merged: so ``--cfg``, sweeps and Hydra's own records show the same.
 """
 
-import os
 import sys
 import traceback
 from collections.abc import Iterable
-from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 from hydra._internal import config_loader_impl
@@ -25,32 +22,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from runner.config.identity import RENAMED
 from runner.config.schema import Config
-from runner.errors import ConfigError
+from runner.errors import ConfigError, import_hint
 
 
 def install() -> None:
     """Wrap Hydra's function in this process."""
     vars(config_loader_impl)["create_defaults_list"] = _defaults_list
-
-
-def import_hint(error: BaseException) -> str:
-    """Where Python looked for a module of the user's that it did not find, or a similar name of a module that it did;
-    empty for any other error.
-    """
-    while error.__cause__ is not None:
-        error = error.__cause__
-    if not isinstance(error, ModuleNotFoundError):
-        return ""
-    parent, _, name = str(error.name).rpartition(".")
-    if parent in sys.modules:
-        module = sys.modules[parent]
-        similar = get_close_matches(name, dir(module), 1)
-        remedy = f" Did you mean {parent}.{similar[0]}?" if similar else ""
-        return f"{remedy} {parent} is {getattr(module, '__file__', None)}"
-    folders = [
-        folder for folder in dict.fromkeys(sys.path) if "/lib/python" not in folder and Path(folder or ".").is_dir()
-    ]
-    return f" Python looked in {', '.join(folder or os.getcwd() for folder in folders)}, and among installed packages"
 
 
 def _defaults_list(repo: IConfigRepository, overrides_list: list[Override], **options: Any) -> DefaultsList:

@@ -32,7 +32,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
-from runner.errors import ConfigError, RunInUse, printable, redacted
+from runner.errors import ConfigError, RunInUse, import_hint, printable, redacted
 from runner.metrics import lines
 from runner.metrics.writer import MetricWriter, WriterContext
 from runner.plain import parse_object
@@ -153,7 +153,8 @@ def make(target: str, context: WriterContext, arguments: Mapping[str, Any]) -> S
     try:
         writer = pkgutil.resolve_name(target)(context, **arguments)
     except Exception as error:
-        raise ConfigError(f"{target}: {type(error).__name__}: {error}") from error
+        hint = import_hint(error)
+        raise ConfigError(f"{target}: {type(error).__name__}: {error}{'.' * bool(hint)}{hint}") from error
     if not isinstance(writer, ServiceWriter):
         raise ConfigError(f"{target} makes a {type(writer).__name__}; expected a subclass of {__name__}.ServiceWriter")
     return writer

@@ -73,7 +73,7 @@ def register() -> None:
 
 def _instantiate_sweeper(*, config: DictConfig, **context: Any) -> Sweeper:
     is_optuna = config.hydra.sweeper is not None and config.hydra.sweeper._target_ == _TARGET
-    if is_optuna and find_spec(_PLUGIN) is None:
+    if is_optuna and not all(map(find_spec, ("hydra_plugins", _PLUGIN))):
         raise ConfigError("hydra/sweeper=optuna needs more packages: pip install 'hydra-runner[optuna]'")
     sweeper = Plugins.instantiate_sweeper(Plugins.instance(), config=config, **context)
     return Study(sweeper, config) if is_optuna else sweeper
