@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from runner.runs.__main__ import main as runs
+
 REPOSITORY = Path(__file__).parent.parent
 DOCS = REPOSITORY / "docs"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -113,6 +115,21 @@ def test_the_image_copies_what_the_package_is_built_from() -> None:
     names = {name for line in copied for name in line.split()}
     assert {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", "runner", "conf"} == names
     assert all((REPOSITORY / name).exists() for name in names)
+
+
+def test_the_page_of_commands_has_all_of_runs_with_real_options(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = re.findall(
+        r"^\| `python -m runner\.runs (\w+)(.*)", (DOCS / "reference/commands.md").read_text(), re.MULTILINE
+    )
+    for name, rest in rows:
+        with pytest.raises(SystemExit):
+            runs([name, "--help"])
+        options = re.findall(r"`(--[a-z]+)", rest)
+        shown = capsys.readouterr().out
+        assert all(option in shown for option in options), (name, options, shown)
+    with pytest.raises(SystemExit):
+        runs(["--help"])
+    assert {name for name, _ in rows} == {*re.findall(r"^    ([a-z]+) ", capsys.readouterr().out, re.MULTILINE)}
 
 
 @pytest.mark.parametrize(
