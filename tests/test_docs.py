@@ -38,6 +38,11 @@ def test_the_page_of_keys_is_that_of_the_schema() -> None:
     assert made == (DOCS / "reference/configuration.md").read_text(), "run python docs/configuration.py"
 
 
+def test_no_page_has_a_conflict_that_was_not_resolved() -> None:
+    pages = [*DOCS.rglob("*.md"), *REPOSITORY.glob("*.md")]
+    assert not [page for page in pages if re.search("^(<{7}|>{7}) ", page.read_text(), re.MULTILINE)]
+
+
 def test_every_block_with_code_is_run() -> None:
     """Blocks of python and yaml are files with a name, so that the commands of their page use them."""
     for page in DOCS.rglob("*.md"):
