@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 class Communicator:
     """Exchanges JSON values among ``size`` ranks, which all call the same methods in the same order; this class is for
-    a run of one process. An instance belongs to one thread: messages of the checkpoint writer and of the training
+    a run of one process. An instance belongs to one thread: messages of the commit thread and of the training
     thread must not mix.
     """
 

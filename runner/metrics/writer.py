@@ -42,14 +42,14 @@ class MetricWriter:
         return {}
 
     def flush(self) -> None:
-        """Make durable everything that was added before the last ``mark``. Called by the checkpoint thread, before the
+        """Make durable everything that was added before the last ``mark``. Called by the commit thread, before the
         checkpoint is committed, while the training thread may call ``add``. After a StorageError or an OSError the
         checkpoint is tried again later, as after any failure of storage.
         """
 
     def committed(self, end: Mapping[str, Any]) -> None:
         """A checkpoint is committed, and so are the lines of ``metrics.lines`` up to this mark. Called by the
-        checkpoint thread, and at the start of an attempt that resumed from a checkpoint.
+        commit thread, and at the start of an attempt that resumed from a checkpoint.
         """
 
     def close(self, status: str) -> None:
