@@ -139,7 +139,7 @@ def _train(
     except NonFiniteError as error:
         if spec.identity["trainer"]["on_nonfinite"] == "stop":
             command = f"{spec.command} trainer.on_nonfinite=skip run.on_drift=accept"
-            error.extend(f"To continue from the last checkpoint and skip such steps:\n  {command}")
+            error.extend(f"To continue and skip such steps:\n  {command}")
         raise
     if (failure := loop.failure) is not None:
         remedy = "Correct the code and run the same command again: it repeats the evaluation and continues"

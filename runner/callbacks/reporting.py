@@ -65,7 +65,7 @@ class FiniteLoss(Callback):
             if not math.isfinite(loss):
                 raise NonFiniteError(
                     f"the loss of step {step} is {loss}; its samples are at positions {first} to {last}. "
-                    "The last checkpoint is older. Lower the learning rate, set trainer.clip_norm, or skip "
+                    "Every checkpoint is older. Lower the learning rate, set trainer.clip_norm, or skip "
                     "such steps with trainer.on_nonfinite=skip."
                 )
 
