@@ -252,7 +252,7 @@ def run_spec(config: DictConfig) -> RunSpec:
     """
     schema.check(config)
     hydra, run = HydraConfig.get(), config.run
-    _refuse_hidden_files(hydra)
+    _check_choices(hydra)
     overrides = _unresolved(hydra.overrides.task)
     experiment, name = hydra.runtime.choices["experiment"], _run_name(config, hydra)
     directory = RunDirectory.under(absolute_root(config), experiment, name, storage_options(config))
@@ -260,11 +260,13 @@ def run_spec(config: DictConfig) -> RunSpec:
     return RunSpec(directory, identity(config), command, overrides, parent, run.on_drift, run.on_conflict)
 
 
-def _refuse_hidden_files(hydra: HydraConf) -> None:
+def _check_choices(hydra: HydraConf) -> None:
     """Raise ConfigError if an option of the package was chosen, and the user has a file of the same name, which Hydra
-    passes over without a word.
+    passes over without a word; and for several experiments in one run.
     """
     folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
+    if "experiment" not in hydra.runtime.choices:
+        raise ConfigError("experiment is the name of one experiment; a sweep over several is -m experiment=a,b")
     for group, option in hydra.runtime.choices.items():
         name = Path(group.partition("@")[0], f"{option}.yaml")
         files = [*dict.fromkeys(file.resolve() for folder in folders if (file := folder / name).is_file())]

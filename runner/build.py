@@ -473,7 +473,9 @@ def _instantiation_error(node: DictConfig, key: str, error: InstantiationExcepti
         version = f" This is torch {torch.__version__}." if str(node._target_).startswith("torch.") else ""
         where = version + import_hint(cause)
         if "." not in str(node._target_):
-            return f"{key}._target_: {node._target_} needs its module, as in my_module.{node._target_}"
+            dotted = str(node._target_).replace(":", ".")
+            example = dotted if "." in dotted else f"my_module.{dotted}"
+            return f"{key}._target_: {node._target_} needs its module and a dot, as in {example}"
         # Hydra asks so, too, where the module is there and its import fails.
         return f"{key}._target_: {f'{cause}{where}' if where else str(cause).partition('Are you sure that module')[0]}"
     cause.__traceback__ = cause.__traceback__ and cause.__traceback__.tb_next  # without the call of the constructor

@@ -74,6 +74,7 @@ MISTAKES = {
     "no experiment, the list": command(
         "\tarithmetic_grpo\n\tarithmetic_sft\n\tdigits\n\tfashion_mnist\n\tgan\n\tgpt\n\tgpt_muon\n\tlora\n\tsmoke"
     ),
+    "two experiments": command("experiment is the name of one experiment; a sweep", "experiment=[smoke,digits]"),
     "unknown experiment": command("Could not find 'experiment/nope'", "experiment=nope"),
     "unknown experiment, the list": command(
         "\tarithmetic_grpo\n\tarithmetic_sft\n\tdigits\n\tfashion_mnist\n\tgan\n\tgpt\n\tgpt_muon\n\tlora\n\tsmoke",

@@ -71,7 +71,8 @@ def test_the_extra_of_a_missing_plugin_is_named(plugin: str, tmp_path: Path) -> 
 
 
 def test_a_target_needs_its_module() -> None:
-    assert mistake("Net") == "model._target_: Net needs its module, as in my_module.Net"
+    assert mistake("Net") == "model._target_: Net needs its module and a dot, as in my_module.Net"
+    assert mistake("mine:Net") == "model._target_: mine:Net needs its module and a dot, as in mine.Net"
 
 
 def test_an_error_of_a_constructor_comes_with_its_cause(own: Path) -> None:
