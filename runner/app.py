@@ -267,11 +267,11 @@ def _check_choices(hydra: HydraConf) -> None:
     folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
     if "experiment" not in hydra.runtime.choices:
         raise ConfigError("experiment is the name of one experiment; a sweep over several is -m experiment=a,b")
-    for group, option in hydra.runtime.choices.items():
-        name = Path(group.partition("@")[0], f"{option}.yaml")
-        files = [*dict.fromkeys(file.resolve() for folder in folders if (file := folder / name).is_file())]
+    options = {f"{group.partition('@')[0]}/{name}": f"{group}={name}" for group, name in hydra.runtime.choices.items()}
+    for path, option in {**options, str(hydra.job.config_name): "config.yaml"}.items():
+        files = [*dict.fromkeys(file.resolve() for folder in folders if (file := folder / f"{path}.yaml").is_file())]
         if len(files) > 1 and files[0].is_relative_to(CONFIGS.resolve()):
-            raise ConfigError(f"{group}={option} is an option of the package, {files[0]}; rename your own, {files[1]}")
+            raise ConfigError(f"{option} is an option of the package, {files[0]}; rename your own, {files[1]}")
 
 
 def absolute_root(config: DictConfig) -> str:

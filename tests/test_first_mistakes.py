@@ -83,12 +83,13 @@ def test_an_error_of_a_constructor_comes_with_its_cause(own: Path) -> None:
     assert "instantiate" not in said
 
 
-def test_an_experiment_of_a_package_name_is_refused(life: Lives, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("file", "option"), [("experiment/smoke", "experiment=smoke"), ("config", "config.yaml")])
+def test_a_file_of_a_package_name_is_refused(file: str, option: str, life: Lives, tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment/smoke.yaml").write_text("# @package _global_\nseed: 3\n")
+    (tmp_path / f"{file}.yaml").write_text("# @package _global_\nseed: 3\n")
     ended = life("--config-dir", str(tmp_path), "experiment=smoke", f"run.root={tmp_path}/runs")
-    assert (ended.status, "experiment=smoke is an option of the package" in ended.output) == (2, True), ended.output
-    assert f"rename your own, {tmp_path}/experiment/smoke.yaml" in ended.output
+    assert (ended.status, f"{option} is an option of the package" in ended.output) == (2, True), ended.output
+    assert f"rename your own, {tmp_path}/{file}.yaml" in ended.output
 
 
 def test_an_evaluation_by_the_training_step_names_it(life: Lives, own: Path) -> None:
