@@ -209,7 +209,9 @@ def _explain(error: BaseException) -> str:
         # Hydra advises to append the key with +, which is refused as well.
         lines = [*(line for line in lines if not line.startswith("To append to your config use")), remedy]
     if key := re.search(r"override ~(\S+)\n(?=.*does not support deletion)", message):
-        lines = [f"{key[1]} is a key of the schema, which cannot be deleted: set {key[1]}=null"]
+        lines = [
+            f"{key[1]} is a key of the schema, which cannot be deleted. Give it another value, as --help {key[1]} shows"
+        ]
     if (option := _MISSING.search(message)) and option[1] in _OBJECTS:
         named = option[2] if "." in option[2] else "my_module.MyClass"
         lines.insert(0, f"A class or function of any module: {option[1]}._target_={named}")

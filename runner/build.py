@@ -480,8 +480,8 @@ def _instantiation_error(node: DictConfig, key: str, error: InstantiationExcepti
         return f"{key}._target_: {f'{cause}{where}' if where else str(cause).partition('Are you sure that module')[0]}"
     cause.__traceback__ = cause.__traceback__ and cause.__traceback__.tb_next  # without the call of the constructor
     message = "".join(traceback.format_exception(cause)).replace("Traceback (most recent call last):\n", "").rstrip()
-    what = "raised" if "\n" in message else "cannot be called with the configured arguments:"
-    return f"{key}: {node._target_} {what}\n{message}{_hint(message, key)}"
+    problem = "raised" if "\n" in message else "cannot be called with the configured arguments:"
+    return f"{key}: {node._target_} {problem}\n{message}{_hint(message, key)}"
 
 
 def _hint(message: str, key: str) -> str:

@@ -98,8 +98,8 @@ def evaluate(
     if changed is not None and (names := backup.changes() - changed):
         changed |= names
         log.warning(_SIDE_EFFECT, printable(shorten(", ".join(sorted(names)), 200)), type(task).__name__)
-    left = {name for name, count in _updates(task).items() if count > updates.get(name, 0)}
-    if changed is not None and (names := left - changed):
+    not_reset = {name for name, count in _updates(task).items() if count > updates.get(name, 0)}
+    if changed is not None and (names := not_reset - changed):
         changed |= names
         log.warning(_NOT_RESET, ", ".join(sorted(names)))
     return report

@@ -214,7 +214,7 @@ def step_error(instance: Any, *arguments: Any) -> Exception | None:
 def takes_metric(scheduler: Any) -> bool:
     """Whether ``step`` takes a metric, and not the number of an epoch or update, as the schedulers of timm do."""
     names = [*signature(type(scheduler).step).parameters]
-    return not step_error(scheduler, 0.0) and names[1] not in ("epoch", "num_updates", "step")
+    return not step_error(scheduler, 0.0) and not {"epoch", "num_updates", "step"}.intersection(names[1:2])
 
 
 def require_plain_step(instance: Any, key: str) -> None:

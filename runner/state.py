@@ -159,8 +159,8 @@ class TrainState:
         only_here = [f"{name} {shape}" for name, shape in others.items() if memory_key(local(live[name])) not in memory]
         if not matches:
             first = f"the first are {next(iter(theirs), None)} there and {next(iter(shapes), None)} here"
-            what = f"no weight of step {checkpoint.step} of the parent has a name and shape of this model"
-            raise StateError(f"{what}: {first}")
+            mismatch = f"no weight of step {checkpoint.step} of the parent has a name and shape of this model"
+            raise StateError(f"{mismatch}: {first}")
         for name, place in places.items() if strict else ():
             key = saved_name(name)
             value = live.get(key)

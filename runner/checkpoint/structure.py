@@ -117,8 +117,8 @@ class Structure:
         for number, group in enumerate(groups):
             for weight in group:
                 if id(weight) not in names:
-                    what = f"group {number} of the {part} has a tensor of shape {[*weight.shape]} that is no weight"
-                    raise _state_error(step, f"{what} of the model, nor of a task or callback with a state_dict")
+                    problem = f"group {number} of the {part} has a tensor of shape {[*weight.shape]} that is no weight"
+                    raise _state_error(step, f"{problem} of the model, nor of a task or callback with a state_dict")
         return [[names[id(weight)] for weight in group] for group in groups]
 
 

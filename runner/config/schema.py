@@ -255,10 +255,11 @@ def _check_keys(node: DictConfig, path: str = "") -> None:
     schema = OmegaConf.get_type(node)
     if not is_dataclass(schema):
         return
+    names = {field.name for field in fields(schema)}
     for key in map(str, node):
         if f"{path}{key}" == "hydra":  # a job of a sweep has Hydra's own configuration, too
             continue
-        if key not in {field.name for field in fields(schema)}:
+        if key not in names:
             raise ConfigError(f"there is no key {path}{key}. {known_keys(schema, path, key)}")
         inner = node._get_node(key)
         if isinstance(inner, DictConfig):

@@ -135,7 +135,7 @@ def _written() -> Iterator[str]:
 
 
 class OutsideAccess:
-    """Notes what the user's code reaches outside of the process, as ``what -> file:line``, until ``close``."""
+    """Notes what the user's code reaches outside of the process, as ``access -> file:line``, until ``close``."""
 
     def __init__(self) -> None:
         self.reached: dict[str, str] = {}
@@ -165,10 +165,10 @@ class OutsideAccess:
             return
         self._busy = True
         try:
-            what = _describe(event, arguments)
-            where = what and of_stack(sys._getframe(1))
+            access = _describe(event, arguments)
+            where = access and of_stack(sys._getframe(1))
             if where:
-                self.reached.setdefault(what, where)
+                self.reached.setdefault(access, where)
         finally:
             self._busy = False
 
