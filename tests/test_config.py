@@ -124,7 +124,7 @@ MISTAKES = {
     "an optimizer that this torch lacks": smoke(
         "module 'torch.optim'? This is torch 2.", "optimizer._target_=torch.optim.Missing"
     ),
-    "a key of the schema": smoke("set trainer.max_steps=null", "~trainer.max_steps"),
+    "a key of the schema": smoke("Give it another value, as --help trainer.max_steps shows", "~trainer.max_steps"),
     "wrong argument": smoke("unexpected keyword argument 'x'", "+optimizer.x=1"),
     "an argument of the option": smoke(
         "'betas'. '~optimizer.betas' leaves it out. If an option gave it, choose none: `defaults: [override",
