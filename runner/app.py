@@ -11,7 +11,7 @@ torch is imported only for a run that has something left to train.
    evaluation is abandoned, and repeated by the next attempt.
 3. All processes end the loop after the same step: ``Team.exchange`` sends the signal to the others with each step.
 4. ``SaveCheckpoint.on_end`` commits the state of that step. If the storage fails, it tries again for up to
-   ``checkpoint.max_unsaved`` seconds.
+   10 seconds (``_STOP_SECONDS``), and ``Interrupted`` says from which checkpoint the run goes on.
 5. ``experiment._train`` raises ``Interrupted``. The data workers end, ``Callback.on_error`` closes the metric writers
    (at most 10 s for a service), and ``Attempt.end`` records the outcome ``interrupted`` and releases the run.
 6. ``main`` below prints the error and exits with 75. A job of a sweep raises it instead, after

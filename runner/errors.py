@@ -82,6 +82,8 @@ class Interrupted(RunnerError):
 class StorageError(RunnerError):
     """The storage refused to read or write: fix the disk, its permissions or the network."""
 
+    LASTING = "lasting"  # the kind of an error that no other try of this process can pass
+
 
 class RunGone(RunnerError):
     """The directory of the running run was moved, removed or replaced: find out by whom."""

@@ -173,6 +173,8 @@ def _reporting_errors(callbacks: Mapping[str, Callback]) -> Iterator[ExitStack]:
         for call in methods_for([*callbacks.values(), *observers], "on_error"):
             try:
                 call(error)
+            except StorageError as failure:
+                log.warning("%s", printable(failure))
             except (Exception, SystemExit):  # the cause matters more
                 log.exception("a callback failed in on_error")
         raise
@@ -401,7 +403,7 @@ def retry_export(
         except StorageError as error:
             began = began or time.monotonic()
             left = began + patience - time.monotonic()
-            if left <= 0:
+            if left <= 0 or error.kind == StorageError.LASTING:
                 raise StorageError(
                     f"the weights could not be exported: {error}.\nEvery step is committed; fix the storage and run "
                     f"the same command again (checkpoint.max_unsaved={patience:g})."

@@ -240,6 +240,23 @@ def test_a_full_disk_loses_nothing(operation: int, life: Lives, tmp_path: Path) 
     assert not results(tmp_path / "smoke/full").differences(results(tmp_path / "smoke/whole"))
 
 
+def test_a_limit_of_the_size_of_files_ends_the_run(life: Lives, tmp_path: Path) -> None:
+    """No other try could succeed: `ulimit -f` is the process's own."""
+    code = (
+        "import os, resource; limit = int(os.environ['LIMIT']); resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))"
+    )
+    (tmp_path / "limits.py").write_text(code)
+    command = (*COMMAND, "imports=[limits]", f"run.root={tmp_path}")
+    assert life(*command, "run.name=whole", cwd=tmp_path, environment={"LIMIT": "-1"}).status == 0
+    ended = life(*command, "run.name=small", "checkpoint.max_unsaved=20", cwd=tmp_path, environment={"LIMIT": "60000"})
+    assert "It is tried again" not in ended.output
+    assert ended.status == 1, ended.output
+    assert "could not be written: cannot write" in ended.output
+    assert "File too large (see ulimit -f).\nNo step is saved; fix the storage and run the same" in ended.output
+    assert life(*command, "run.name=small", cwd=tmp_path, environment={"LIMIT": "-1"}).status == 0
+    assert not results(tmp_path / "smoke/small").differences(results(tmp_path / "smoke/whole"))
+
+
 def test_a_disk_that_is_full_before_the_run_begins_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     assert report_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) == 1
     assert capsys.readouterr().err == (

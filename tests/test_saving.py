@@ -15,7 +15,7 @@ from runner.callbacks.saving import SaveCheckpoint, SaveTimer, _spoils_training
 from runner.checkpoint.manifest import CommitId
 from runner.checkpoint.snapshot import Snapshot, Staging
 from runner.checkpoint.store import CheckpointStore, Retention
-from runner.errors import StorageError, Superseded
+from runner.errors import Interrupted, StorageError, Superseded
 from runner.storage import LocalLocation
 
 
@@ -284,6 +284,50 @@ def test_a_failure_at_the_end_does_not_promise_more_training(run: Run, caplog: p
     helper.join(60)
     assert run.store.values == {1: 1.0}
     assert "raining continues" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", [StorageError("no space left"), StorageError("too large", kind=StorageError.LASTING)])
+def test_after_a_stop_a_failing_save_ends_the_run_soon(run: Run, kind: StorageError) -> None:
+    """SIGKILL comes 30 seconds after Slurm's SIGTERM."""
+    run.step()
+    run.settle()
+    tries: list[float] = []
+
+    def fails(*_: object, **__: object) -> CommitId:
+        tries.append(run.now)
+        run.now += 6
+        raise kind
+
+    run.store.commit = fails  # type: ignore[method-assign]
+    run.step()
+    run.loop.stop = "SIGTERM"
+    lasting = kind.kind == StorageError.LASTING
+    problem = "SIGTERM: the checkpoint of step 2 could not be written: no space left"
+    with pytest.raises(StorageError if lasting else Interrupted, match="too large" if lasting else problem) as caught:
+        run.saver.on_end(run.loop)
+    assert "The last one is of step 1 and is whole" in str(caught.value)
+    assert len(tries) == 1 if lasting else 2 <= len(tries) <= 3
+
+
+def test_a_slow_save_after_a_stop_is_reported_and_waited_for(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    run.step()
+    run.settle()
+    run.store.gate.clear()
+    run.step()
+    run.loop.stop, run.saver.max_unsaved = "SIGTERM", 1e9
+
+    def open_when_reported() -> None:
+        while "SIGTERM: the save of step 2 goes on after" not in caplog.text:
+            run.now += 1
+            time.sleep(0.01)
+        run.store.gate.set()
+
+    helper = threading.Thread(target=open_when_reported)
+    helper.start()
+    run.saver.on_end(run.loop)
+    helper.join(60)
+    assert "The last one is of step 1 and is whole" in caplog.text
+    assert run.store.values == {1: 1.0, 2: 2.0}
 
 
 def test_records_are_durable_before_tensors_are_written(run: Run, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from runner import signals
 from runner.activity import doing
 from runner.callbacks.base import Callback, Loop
 from runner.callbacks.reporting import FiniteLoss
@@ -22,7 +23,7 @@ from runner.checkpoint.store import CheckpointStore, Retention
 from runner.checkpoint.tensor_file import is_finite
 from runner.data.ledger import Ledger
 from runner.distributed.communicator import SINGLE_PROCESS, Communicator, on_all_ranks, on_rank_zero
-from runner.errors import NonFiniteError, StorageError, printable
+from runner.errors import Interrupted, NonFiniteError, RunnerError, StorageError, printable
 from runner.metrics.writer import MetricWriters
 from runner.run.attempts import Attempt
 
@@ -39,6 +40,7 @@ _LONGEST_WAIT = 5.0  # ... and while it waits, when nothing else is done in this
 _POLL_SECONDS = 1.0  # while waiting for a save: how often to check that it does not take too long
 QUIET_SECONDS = 5.0  # training waits so long for a free buffer before it logs that it waits
 _LEAST_LIMIT = 60.0  # seconds that a save may take even if ``max_unsaved`` is less
+_STOP_SECONDS = 10.0  # after a stop signal: Slurm and Kubernetes send SIGKILL 30 seconds after SIGTERM
 _LAST_SECONDS = 5.0  # ``close`` waits at least so long, and at most for what is left of ``max_unsaved``
 
 
@@ -54,8 +56,8 @@ class SaveCheckpoint(Callback):
     checkpoint does a better state replace it.
 
     A failing storage does not stop training: the next save is tried after a growing pause. Only after it has failed
-    for ``max_unsaved`` seconds does training end, with the cause. The last save is tried for as long, also after a
-    stop signal.
+    for ``max_unsaved`` seconds does training end, with the cause. The last save is tried for as long; after a stop
+    signal for ``_STOP_SECONDS``, and a write that takes longer is reported, since SIGKILL may end it.
 
     All ranks have this callback. Rank 0 decides in ``decide``, and all ranks ``act`` on its request at the same step.
     Only rank 0 has the ``attempt`` that owns the run, which notices when a newer one takes over, and ``records``.
@@ -86,6 +88,8 @@ class SaveCheckpoint(Callback):
         self._unsaved_since: float | None = None  # when a save was first due that is not acknowledged yet
         self._pause = 1.0
         self._retry_at = 0.0
+        self._stop_since: float | None = None  # when a stop signal was first noticed
+        self._warned = False  # that the last save takes longer
 
     @doing("saves")
     def on_start(self, loop: Loop) -> None:
@@ -99,7 +103,7 @@ class SaveCheckpoint(Callback):
         if request := on_rank_zero(self.comm, lambda: self._request(exact=True) if due else None):
             self.act(loop, request)
         if self.save_at_start:
-            self._wait()
+            self._wait(loop)
 
     def on_step(self, loop: Loop) -> None:
         if self._listener_error is not None:
@@ -112,10 +116,10 @@ class SaveCheckpoint(Callback):
 
     @doing("saves")
     def on_end(self, loop: Loop) -> None:
-        self._wait()
+        self._wait(loop)
         while request := on_rank_zero(self.comm, lambda: self._request_last(loop)):
             self.act(loop, request)
-            self._wait()
+            self._wait(loop)
             if self.commit_thread.waiting:  # it failed
                 time.sleep(min(self._pause, _LONGEST_WAIT))
         if self._listener_error is not None:
@@ -129,7 +133,7 @@ class SaveCheckpoint(Callback):
 
     def decide(self, loop: Loop) -> SaveRequest | None:
         """What is to be saved now, for all ranks to ``act`` on. Raises errors that must end training."""
-        self._handle_failure()
+        self._handle_failure(loop)
         if loop.improved or loop.save or self.retention.is_milestone(loop.step):
             return self._request_exact(loop)
         if self._overdue or self.timer.due(loop.step):
@@ -149,8 +153,8 @@ class SaveCheckpoint(Callback):
             self._free += map(self.commit_thread.take, request["drop"])
             self.commit_thread.put(self._copy(loop, exact=request["exact"]))
         if loop.save or not self.background:
-            self._wait()
-            on_rank_zero(self.comm, self._handle_failure)
+            self._wait(loop)
+            on_rank_zero(self.comm, lambda: self._handle_failure(loop))
         self.timer.note_save(stall=self._clock() - began)
 
     def _copy(self, loop: Loop, *, exact: bool) -> Staging:
@@ -211,14 +215,18 @@ class SaveCheckpoint(Callback):
         if self.attempt is not None:
             self.attempt.require_newest()
 
-    def _wait(self) -> None:
+    def _wait(self, loop: Loop) -> None:
         """Wait until all copies are written, or one failed."""
         while not self.commit_thread.wait(_POLL_SECONDS):
             self._raise_if_stuck()
+            if self._unsaved() and self._time_left(loop) <= 0 and not self._warned:
+                self._warned = True
+                text = "%s: the save of step %d goes on after %.0f seconds. %s"
+                log.warning(text, self._stop(loop), loop.step, self._unsaved(), self._last_checkpoint())
 
     def _request_last(self, loop: Loop) -> SaveRequest | None:
         """What is left to be saved at the end."""
-        self._handle_failure()
+        self._handle_failure(loop)
         return self._request() if self.commit_thread.waiting or self._saved != loop.step else None
 
     def _request_exact(self, loop: Loop) -> SaveRequest:
@@ -234,7 +242,7 @@ class SaveCheckpoint(Callback):
                 text = "training waits: the states of steps %d and %d must both be saved, and there is room for one"
                 log.warning(text, first, loop.step)
             self.commit_thread.wait(_POLL_SECONDS, lambda: self._step_in_the_way(loop) is None)
-            self._handle_failure()
+            self._handle_failure(loop)
         return self._request(exact=True)
 
     def _step_in_the_way(self, loop: Loop) -> int | None:
@@ -251,7 +259,7 @@ class SaveCheckpoint(Callback):
         self._overdue = retry
         return {"exact": exact, "retry": retry, "drop": [*waiting]}
 
-    def _handle_failure(self) -> None:
+    def _handle_failure(self, loop: Loop) -> None:
         """Handle what happened in the commit thread. Raises errors that must end training."""
         if self.commit_thread.idle:
             self.timer.update_interval()
@@ -259,12 +267,13 @@ class SaveCheckpoint(Callback):
             (step, error), self.commit_thread.failure = self.commit_thread.failure, None
             if not isinstance(error, StorageError):
                 raise error
-            left, problem = self.max_unsaved - self._unsaved(), f"the checkpoint of step {step} could not be written"
-            if left <= 0:
-                raise StorageError(f"{problem}: {error}.\n{self._remedy()}") from error
+            left, problem = self._time_left(loop), f"the checkpoint of step {step} could not be written: {error}"
+            lasting = error.kind == StorageError.LASTING
+            if left <= 0 or lasting:
+                raise self._error(problem, stop=None if lasting else self._stop(loop)) from error
             self._overdue, self._retry_at = True, self._clock() + self._pause
-            text = "%s: %s. It is tried again; the run ends if it keeps failing for another %.0f seconds"
-            log.warning(text, problem, printable(error), left)
+            text = "%s. It is tried again; the run ends if it keeps failing for another %.0f seconds"
+            log.warning(text, printable(problem), left)
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
         self._raise_if_stuck()
 
@@ -274,19 +283,36 @@ class SaveCheckpoint(Callback):
         unsaved = self._unsaved()
         if unsaved > max(self.max_unsaved, _LEAST_LIMIT):
             rank = self.store.comm.describe_wait()
-            raise StorageError(
-                f"no checkpoint was written for {unsaved:.0f} seconds. {rank and f'{rank}. '}{self._remedy()}"
-            )
+            raise self._error(f"no checkpoint was written for {unsaved:.0f} seconds{rank and f'. {rank}'}")
 
     def _unsaved(self) -> float:
         """Seconds since the oldest save that was due and is not acknowledged; 0 on ranks other than 0."""
         return 0.0 if self._unsaved_since is None else self._clock() - self._unsaved_since
 
-    def _remedy(self) -> str:
+    def _stop(self, loop: Loop) -> str | None:
+        """The stop signal that any process has received."""
+        return loop.stop if loop.stop in signals.NAMES else signals.received()
+
+    def _time_left(self, loop: Loop) -> float:
+        """Seconds for which a save that fails is tried again."""
+        left = self.max_unsaved - self._unsaved()
+        if self._stop(loop) is None:
+            return left
+        self._stop_since = self._clock() if self._stop_since is None else self._stop_since
+        return min(left, self._stop_since + _STOP_SECONDS - self._clock())
+
+    def _error(self, problem: str, stop: str | None = None) -> RunnerError:
+        """The error that ends the run with a step that is not saved; after a ``stop`` the storage may be whole again
+        for the next attempt.
+        """
+        if stop is not None:
+            return Interrupted(f"{stop}: {problem}.\n{self._last_checkpoint()}; run the same command again to continue")
+        remedy = f"fix the storage and run the same command again (checkpoint.max_unsaved={self.max_unsaved:g})."
+        return StorageError(f"{problem}.\n{self._last_checkpoint()}; {remedy}")
+
+    def _last_checkpoint(self) -> str:
         newest = max([*self.store.verified], default=None)  # a new fork has none: it began in the store of its parent
-        last = "No step is saved" if newest is None else f"The last one is of step {newest.step} and is whole"
-        how = f"run the same command again (checkpoint.max_unsaved={self.max_unsaved:g})."
-        return f"{last}; fix the storage and {how}"
+        return "No step is saved" if newest is None else f"The last one is of step {newest.step} and is whole"
 
 
 def _spoils_training(name: str, tensor: Tensor, weights: Collection[str]) -> bool:

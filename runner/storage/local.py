@@ -181,8 +181,7 @@ class LocalLocation:
         try:
             yield
         except OSError as error:
-            where = f"{self.url}/{name}" if name else self.url
-            raise StorageError(f"cannot {verb} {where}: {error.strerror or error}") from error
+            raise _storage_error(f"cannot {verb} {self.url}/{name}".rstrip("/"), error) from error
 
 
 class LocalJournal:
@@ -205,7 +204,7 @@ class LocalJournal:
                 self._write()
             os.fsync(self._descriptor)
         except OSError as error:
-            raise StorageError(f"cannot write {self._url}: {error.strerror}") from error
+            raise _storage_error(f"cannot write {self._url}", error) from error
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -213,6 +212,13 @@ class LocalJournal:
     def _write(self) -> None:
         while self._pending:
             self._pending = self._pending[os.write(self._descriptor, self._pending) :]
+
+
+def _storage_error(action: str, error: OSError) -> StorageError:
+    """``action`` failed. A file that is too large stays so, unlike a full or absent disk."""
+    if error.errno == errno.EFBIG:
+        return StorageError(f"{action}: {error.strerror} (see ulimit -f)", kind=StorageError.LASTING)
+    return StorageError(f"{action}: {error.strerror or error}")
 
 
 def _open(path: Path) -> io.BufferedReader:
