@@ -77,6 +77,17 @@ class Formatter(logging.Formatter):
         return redacted(super().format(record))
 
 
+class LogFile(logging.FileHandler):
+    """The log in the run directory. A file that cannot be opened is no reason to stop, as for any other error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """As the base class."""
+        try:
+            super().emit(record)
+        except OSError:
+            self.handleError(record)
+
+
 def register() -> None:
     """Register schema and resolvers with Hydra; done on import: workers of a launcher import no more than this."""
     schema.register()
@@ -363,10 +374,14 @@ def _total_steps(*, _root_: DictConfig) -> int | None:
 
 
 def _hydra_files(*, _root_: DictConfig) -> str | None:
-    """The name of Hydra's folder for the configuration; None on ranks above 0."""
-    if output := OmegaConf.select(_root_, "hydra.runtime.output_dir", throw_on_missing=False):
+    """The name of Hydra's folder for the configuration; None on ranks above 0, and for a run that is read-only, of
+    which the result is to be printed.
+    """
+    output = OmegaConf.select(_root_, "hydra.runtime.output_dir", throw_on_missing=False)
+    if output:
         _without_links(_root_, output, "")  # also where a command gives a folder of its own: hydra.run.dir=...
-    return None if world().rank else ".hydra"
+    read_only = output and os.path.isdir(output) and not os.access(output, os.W_OK)
+    return None if world().rank or read_only else ".hydra"
 
 
 register()

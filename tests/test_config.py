@@ -1,5 +1,6 @@
 """Every option of every group composes, every experiment runs, and mistakes are reported with a remedy."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -309,7 +310,7 @@ def mounted(mount: str, root: Path, *arguments: str, then: str = "true") -> "sub
     """A run of the smoke experiment under a mount of its own, and a command after it."""
     if subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
         pytest.skip("this machine gives no mount namespaces")
-    root.mkdir()
+    root.mkdir(exist_ok=True)
     command = f"{sys.executable} -m runner experiment=smoke run.root={root} {' '.join(arguments)}"
     return subprocess.run(
         ["unshare", "-rm", "sh", "-c", f"{mount.format(root=root)} && {command} && {then.format(root=root)}"],
@@ -319,6 +320,20 @@ def mounted(mount: str, root: Path, *arguments: str, then: str = "true") -> "sub
         env={**os.environ, "PYTHONPATH": str(app.CONFIGS.parent)},
         timeout=120,
     )
+
+
+def test_a_finished_run_on_a_read_only_disk_is_shown(life: Lives, tmp_path: Path) -> None:
+    few = "trainer.max_steps=2"
+    assert life("experiment=smoke", few, f"run.root={tmp_path}", "run.name=done").status == 0
+    ended = mounted(READ_ONLY, tmp_path, few, "run.name=done")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "finished step 2 (max_steps)" in ended.stdout
+
+
+def test_a_log_that_cannot_be_opened_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging, "raiseExceptions", False)  # as ``app.main`` does
+    log = app.LogFile(tmp_path / "absent/runner.log", delay=True)
+    log.handle(logging.LogRecord("runner", logging.INFO, "", 0, "step 1", None, None))
 
 
 def test_an_unreadable_run_root_is_reported(life: Lives, tmp_path: Path) -> None:
