@@ -182,14 +182,17 @@ def _reporting_errors(callbacks: Mapping[str, Callback]) -> Iterator[ExitStack]:
 
 @contextmanager
 def _guarding_exit() -> Iterator[None]:
-    """Within the block, ``os._exit(0)`` in this process ends it with 1 and a line: the run is not finished."""
+    """Within the block, ``os._exit`` in this process, but for the runner's own, ends it with 1 and a line: the run is
+    not finished, and other statuses have a meaning.
+    """
     leave, process = os._exit, os.getpid()
 
     def guarded(status: int) -> NoReturn:
-        if status == 0 and os.getpid() == process:
-            caller = sys._getframe(1)
+        caller = sys._getframe(1)
+        if os.getpid() == process and not str(caller.f_globals.get("__name__")).startswith("runner."):
             where = f"{caller.f_code.co_filename}:{caller.f_lineno}"
-            os.write(2, f"os._exit(0) was called in the run, by {where}\n".encode())
+            with suppress(OSError):  # stderr may be closed
+                os.write(2, f"os._exit({status}) was called in the run, by {where}\n".encode())
             status = 1
         leave(status)
 

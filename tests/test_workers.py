@@ -191,6 +191,23 @@ def test_batches_before_an_unsendable_one_come_in_order() -> None:
         list(stream.step())
 
 
+class Server(Numbers):
+    """Whether the parent of the process that reads a sample has loaded torch."""
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.tensor("libtorch" in Path(f"/proc/{os.getppid()}/maps").read_text())
+
+
+def test_the_fork_server_imports_torch_for_all_workers() -> None:
+    stream = training(Server(), LoaderOptions(1, start_method="forkserver"))
+    try:
+        stream.open()
+        ((_, batch),) = stream.step()
+        assert batch.all()
+    finally:
+        stream.close()
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.usefixtures("handlers")
 def test_a_killed_worker_is_reported_with_the_cause(method: str) -> None:
