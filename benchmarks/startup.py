@@ -12,14 +12,16 @@
 
 Both sides take turns, so that other load on the machine meets both; figures are medians over the turns, ratios are of
 those, and the spread is the quartiles of the ratios within one turn. Files are in the page cache and bytecode is
-compiled: one turn goes before the first that counts.
+compiled, as after an installation: one turn goes before the first that counts. ``--cpu`` measures processor time, which
+varies less beside other load.
 
-    python -m benchmarks.startup --turns 10            # from the root of the repository; some minutes
+    python -m benchmarks.startup --turns 10 [--cpu]    # from the root of the repository; some minutes
     python -m benchmarks.startup --megabytes 60 600 --root s3://bucket/folder
 """
 
 import argparse
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -88,7 +90,15 @@ class NoteCommit(Observer):
 
 
 def seconds_until(line: str | None, command: Sequence[str]) -> float:
-    """Seconds from starting the command until it prints that line, or until it has exited."""
+    """Seconds from starting the command until it prints that line, or until it has exited; processor seconds if
+    ``CPU`` is in the environment: the process ends at the line.
+    """
+    if "CPU" in os.environ:
+        before = processor_seconds()
+        output = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+        if line is not None and line not in output:
+            sys.exit(f"{' '.join(command)} ended early:\n{output}")
+        return processor_seconds() - before
     start = time.perf_counter()
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
@@ -100,6 +110,12 @@ def seconds_until(line: str | None, command: Sequence[str]) -> float:
     if process.returncode or line is not None:
         sys.exit(f"{' '.join(command)} exited with {process.returncode}:\n{''.join(printed)}")
     return time.perf_counter() - start
+
+
+def processor_seconds() -> float:
+    """Of all processes that this one has waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def runner(root: Path | str, *overrides: str) -> list[str]:
@@ -144,10 +160,14 @@ def compare(bare: Callable[[int], float], ours: Callable[[int], float], turns: i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=10)
+    parser.add_argument("--cpu", action="store_true", help="measure processor time")
     parser.add_argument("--megabytes", type=int, nargs="*", help="only resumed starts, of states of these sizes")
     parser.add_argument("--root", help="the folder of the resumed runs, local (default: a temporary one) or remote")
     arguments = parser.parse_args()
     turns = arguments.turns
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # with it, our modules would be compiled in every turn
+    if arguments.cpu:
+        os.environ["CPU"] = "1"
     if arguments.megabytes:
         with tempfile.TemporaryDirectory() as temporary:
             rows = [[f"{size} MB", *resumed(arguments.root or temporary, size, turns)] for size in arguments.megabytes]

@@ -23,6 +23,7 @@ second SIGTERM, 0.5 s after the first or later (5 s under torchrun), ends the pr
 """
 
 import atexit
+import gc
 import logging
 import os
 import shlex
@@ -160,7 +161,7 @@ def _run(config: DictConfig) -> float | None:
 
 def _dry_run(config: DictConfig, team: Team) -> None:
     """Run two attempts in a temporary folder, and log a summary of both."""
-    from runner import experiment
+    experiment = _import_experiment()
     from runner.callbacks.dry import STEPS, DryRun
 
     schema.check(config)
@@ -175,7 +176,7 @@ def _dry_run(config: DictConfig, team: Team) -> None:
             for _ in ("to be resumed", "resumed"):
                 spec = _open_on_rank_zero(run_spec(config), team.comm)
                 try:
-                    experiment.run(spec, config, team)  # type: ignore[arg-type]
+                    experiment.run(spec, config, team)
                 except Interrupted:
                     if team.stop:
                         raise
@@ -187,6 +188,19 @@ def _dry_run(config: DictConfig, team: Team) -> None:
         on_rank_zero(team.comm, lambda: shutil.rmtree(folder, ignore_errors=True))
     for line in lines:
         log.info("%s", line)
+
+
+@cache
+def _import_experiment() -> Any:
+    """``runner.experiment``, with torch. To look for garbage among all that modules define, again and again while more
+    are imported, would take a sixth of the time to the first step.
+    """
+    gc.disable()
+    from runner import experiment
+
+    gc.freeze()
+    gc.enable()
+    return experiment
 
 
 def _require_folder(folder: Path) -> None:
@@ -207,10 +221,8 @@ def _run_to_completion(spec: RunSpec, config: DictConfig, team: Team, /) -> floa
     run = _open_on_rank_zero(spec, team.comm)
     result = run.result
     if result is None:
-        from runner import experiment
-
         try:
-            result = experiment.run(run, config, team)  # type: ignore[arg-type]
+            result = _import_experiment().run(run, config, team)
         except FinishedMeanwhile:
             return _run_to_completion(spec, config, team)
     _log_result(run, result, curves=config.metrics.writers.get("tensorboard") is not None)

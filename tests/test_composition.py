@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
 from lives import Lives
 from omegaconf import DictConfig, OmegaConf
 
 from runner import app
+from runner.config import composition
 from runner.config.identity import RENAMED, compare
 from runner.errors import ConfigError
 
@@ -221,3 +224,35 @@ def test_a_run_with_imports_is_resumed_without_drift(life: Lives, tmp_path: Path
     ended = life(*command, "+params.wide=8", cwd=modules)
     assert ended.status == 0, ended.output
     assert "finished step 8" in ended.output
+
+
+def test_a_run_is_composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    words, as_run, composed = ["experiment=smoke", "seed=3"], "hydra.mode=RUN", list[Any]()
+    original = composition.create_defaults_list
+
+    def counted(**options: Any) -> Any:
+        composed.append(options)
+        return original(**options)
+
+    with initialize_config_dir(str(app.CONFIGS), version_base="1.3"):
+        hydra: Any = GlobalHydra.instance().hydra
+        expected = hydra.compose_config("config", [*words, as_run], RunMode.RUN)
+        monkeypatch.setattr(composition, "create_defaults_list", counted)
+        assert hydra.get_mode("config", words) is None
+        assert hydra.compose_config("config", [*words, as_run], RunMode.RUN) == expected
+        assert len(composed) == 1
+        assert hydra.compose_config("config", [*words, as_run], RunMode.RUN) == expected, "only the first is kept"
+        assert len(composed) == 2
+
+
+@pytest.mark.parametrize("seeds", ["3", "3,4"])
+def test_the_mode_of_a_sweep_is_found(seeds: str) -> None:
+    with initialize_config_dir(str(app.CONFIGS), version_base="1.3"):
+        hydra: Any = GlobalHydra.instance().hydra
+        words = ["experiment=smoke", f"seed={seeds}"]
+        sweep = [*words, "hydra.mode=MULTIRUN"]
+        assert hydra.get_mode("config", [*words, "hydra.mode=RUN"]) is RunMode.RUN
+        assert hydra.get_mode("config", sweep) is RunMode.MULTIRUN
+        config = hydra.compose_config("config", sweep, RunMode.MULTIRUN)
+        assert config.hydra.mode is RunMode.MULTIRUN
+        assert config.hydra.overrides.hydra == sweep[-1:]

@@ -2,6 +2,7 @@
 
 Hydra offers no place for either. Its function that decides which files are merged, in which order, is wrapped here, and
 is given files without the keys that must not be merged: so ``--cfg``, sweeps and Hydra's own records show the same.
+A single run is composed once here, and not twice.
 """
 
 import sys
@@ -15,8 +16,10 @@ from typing import Any
 from hydra._internal import config_loader_impl
 from hydra._internal.config_repository import IConfigRepository
 from hydra._internal.defaults_list import DefaultsList, create_defaults_list
+from hydra._internal.hydra import Hydra
 from hydra.core.override_parser.types import Override
 from hydra.plugins.config_source import ConfigResult
+from hydra.types import RunMode
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
@@ -24,10 +27,36 @@ from runner.config.identity import RENAMED
 from runner.config.schema import Config
 from runner.errors import ConfigError, import_hint
 
+_get_mode = Hydra.get_mode
+
 
 def install() -> None:
-    """Wrap Hydra's function in this process."""
+    """Wrap Hydra's functions in this process."""
     vars(config_loader_impl)["create_defaults_list"] = _defaults_list
+    Hydra.get_mode = _mode  # type: ignore[assignment, method-assign]
+
+
+def _mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> Any:
+    """``hydra.mode``, as Hydra's method. That composes to find it, and a run composes once more; here it gets the same
+    configuration, 0.2 s sooner.
+    """
+    loader: Any = hydra.config_loader
+    words = [*overrides, "hydra.mode=RUN"]  # as Hydra adds it
+    try:
+        config = loader.load_configuration(config_name, overrides, RunMode.RUN)
+    except Exception:  # a sweep, or an error that Hydra finds again
+        return _get_mode(hydra, config_name, overrides)
+
+    def load(**options: Any) -> Any:
+        del loader.load_configuration
+        if options["overrides"] != words:
+            return loader.load_configuration(**options)
+        config.hydra.mode = RunMode.RUN
+        config.hydra.overrides.hydra.append(words[-1])
+        return config
+
+    loader.load_configuration = load
+    return config.hydra.mode
 
 
 def _defaults_list(repo: IConfigRepository, overrides_list: list[Override], **options: Any) -> DefaultsList:

@@ -108,17 +108,18 @@ def running(targets: Iterable[str]) -> CodeRecord:
     return CodeRecord(digests, _packages(), commits, diffs)
 
 
-@functools.cache
 def is_installed(file: str) -> bool:
     """Whether a file lies in the standard library, the runner, or a folder into which packages are installed."""
-    return bool(_PACKAGED.search(file)) or _is_library(os.path.dirname(file))
+    return _is_library(os.path.dirname(file))
 
 
 @functools.cache
 def _is_library(name: str) -> bool:
     folder = Path(name).resolve()
     libraries = Path(sysconfig.get_path("stdlib")), Path(__file__).parents[1]  # python's and the runner
-    if _PACKAGED.search(f"{folder}{os.sep}") or any(folder.is_relative_to(each.resolve()) for each in libraries):
+    if _PACKAGED.search(f"{name}{os.sep}{folder}{os.sep}") or any(
+        folder.is_relative_to(each.resolve()) for each in libraries
+    ):
         return True
     return any(_has_distributions(each) for each in (folder, *folder.parents))
 

@@ -64,7 +64,9 @@ class TextLines:
         return block[number].removesuffix(b"\r").decode()
 
     def _lines(self, data: bytes) -> list[bytes]:
-        lines = data.removesuffix(b"\n").split(b"\n") if data else []
+        lines = data.split(b"\n")
+        if not lines[-1]:  # after the last line end, or without data; to cut it off before would copy the block
+            del lines[-1]
         return lines if self.keeps_blank else [line for line in lines if line.strip()]
 
 
