@@ -19,11 +19,14 @@ PROFILER = "+observers.profiler={_target_: runner.callbacks.observers.Profiler, 
 
 
 WATCHER = """
+import gc
+
 from runner.callbacks.base import Observer
 
 class Watcher(Observer):
     def on_start(self, loop):
         print("place", loop.directory)
+        print("garbage", gc.isenabled())  # it is not looked for while modules are imported
 """
 
 
@@ -68,7 +71,7 @@ def test_a_remote_root_has_a_folder_of_this_machine(life: Lives, tmp_path: Path)
     command = (*COMMON, "+observers.place._target_=watching.Watcher", "run.root=memory://here/runs", "run.name=r")
     ended = life(*command, cwd=tmp_path)
     folder = tmp_path / "outputs/remote/memory/here/runs/smoke/r"
-    assert f"place {folder}\n" in ended.output, ended.output
+    assert f"place {folder}\ngarbage True\n" in ended.output, ended.output
     assert (folder / "runner.log").exists()
 
 
