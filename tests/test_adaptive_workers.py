@@ -5,9 +5,11 @@ import math
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -89,6 +91,35 @@ class OfItsModule(Noisy):
         if self.opened is None:
             type(self).opened = os.open(self.path, os.O_RDONLY)
         return torch.tensor(float(index))
+
+
+class OpenOnce(Noisy):
+    """Its library refuses to open a file twice in a process, of which a forked one knows the open files."""
+
+    paths: ClassVar[set[Path]] = set()
+
+    def __del__(self) -> None:
+        if getattr(self, "file", None):
+            self.paths.discard(self.path)
+        super().__del__()
+
+    def __getitem__(self, index: int) -> Any:
+        if self.file is None and self.path in self.paths:
+            raise RuntimeError("already open in this process")
+        self.paths.add(self.path)
+        return super().__getitem__(index)
+
+
+class ThreadPool(Noisy):
+    """Reads in a thread of its module, which a forked process does not have."""
+
+    pool: ThreadPoolExecutor | None = None
+
+    def __getitem__(self, index: int) -> Any:
+        if self.pool is None:
+            type(self).pool = ThreadPoolExecutor(1)
+        assert self.pool
+        return self.pool.submit(lambda: self.path.read_bytes()[index]).result() + torch.rand(3)
 
 
 class Script:
@@ -207,6 +238,27 @@ def test_data_that_workers_must_not_get_stays_here(
         OfItsModule.opened = None
     assert {*numbers} == {0}
     assert caplog.text.count(cause) == 1
+
+
+def test_a_fork_has_no_open_files_of_the_data(scripted: Any, tmp_path: Path, expected: list[Any]) -> None:
+    stream = opened(OpenOnce(tmp_path / "x"), scripted(2, 0, 1), audit=True)
+    batches, numbers = read(stream, 60)
+    stream.close()
+    assert same(batches, expected)
+    assert list(dict.fromkeys(numbers)) == [0, 2, 1]
+
+
+def test_workers_that_wait_forever_are_given_up(
+    scripted: Any, tmp_path: Path, expected: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    loading = scripted(2, 2, 2)
+    loading = replace(loading, limits=replace(loading.limits, timeout=1.0))
+    batches, numbers = read(opened(ThreadPool(tmp_path / "x"), loading), 60)
+    assert ThreadPool.pool
+    ThreadPool.pool.shutdown()
+    assert same(batches, expected)
+    assert numbers[-1] == 0
+    assert "They may wait for a thread or a lock" in caplog.text
 
 
 def test_samples_that_differ_in_a_worker_stay_here(
@@ -356,9 +408,12 @@ def test_processes_of_a_machine_share_its_cores(
 
 
 def test_a_copy_shares_large_data_alone() -> None:
+    sparse = pytest.importorskip("scipy.sparse")
+
     class Inner:
         def __init__(self) -> None:
             self.large, self.small, self.table = torch.zeros(20_000), [1], {"x": list(range(20_000))}
+            self.matrix = sparse.eye_array(20_000)
 
     class Outer:
         def __init__(self) -> None:
@@ -369,4 +424,5 @@ def test_a_copy_shares_large_data_alone() -> None:
     inner = outer.parts[0]
     assert copied.large is inner.large
     assert copied.table["x"] is inner.table["x"]
+    assert copied.matrix is inner.matrix
     assert copied.small is not inner.small

@@ -54,7 +54,7 @@ def free_shared_memory(root: Path = _ROOT) -> float:
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Limits for the data workers of one process. ``fit(n)`` is the largest useful number of workers up to n;
-    ``seconds`` are the lengths of the first measurement and of the longest.
+    ``seconds`` are the lengths of the first measurement and of the longest; ``timeout`` is the longest step in seconds.
     """
 
     cores: float
@@ -62,6 +62,7 @@ class Limits:
     free_shared_memory: Callable[[], float] = free_shared_memory
     fit: Callable[[int], int] = lambda number: number
     seconds: tuple[float, float] = (0.5, 10.0)
+    timeout: float = float("inf")
 
 
 def _cache(group: Path) -> int:

@@ -49,13 +49,15 @@ signal_handling._SIGCHLD_handler_set = True
 @dataclass(frozen=True, slots=True)
 class LoaderOptions:
     """How batches are loaded, which may change between attempts. Each worker has ``prefetch`` batches in flight; with 0
-    workers this process loads. With ``limits`` the number of workers changes while they load.
+    workers this process loads. A longer wait for a worker than ``timeout`` seconds is an error; 0: never. With
+    ``limits`` the number of workers changes while they load.
     """
 
     num_workers: int = 0
     prefetch: int = 2
     start_method: str | None = None
     pin_memory: bool = False
+    timeout: float = 0.0
     limits: Limits | None = None
 
 
@@ -89,6 +91,7 @@ class Loader:
                 multiprocessing_context=self._context,
                 worker_init_fn=start_worker,
                 pin_memory=options.pin_memory,
+                timeout=options.timeout if self._context else 0,
                 generator=torch.Generator().manual_seed(0),  # else opening would draw from the global generator
                 snapshot_every_n_steps=int(states),
             )
@@ -379,6 +382,10 @@ _SHARED = f"Give it more shared memory (docker run --shm-size=8g; /dev/shm holds
 _MEMORY = f"Give it more memory; {_FEWER}."
 _FILES = f"Every tensor of a batch in flight is an open file: raise the limit with ulimit -n 65536; {_FEWER}."
 _THREADS = "Raise the limit of processes and threads (ulimit -u, pids of a container), or set runtime.num_workers=0."
+_FORKED = (
+    "They may wait for a thread or a lock, say of a pool of threads in a module: make it at the first read of each "
+    "process, or set runtime.start_method=forkserver or runtime.num_workers=0."
+)
 _PICKLED = (
     "A batch from a data worker is pickled: let the data set and data.collate give tensors, arrays and plain values, "
     "of classes at the top of a module, no functions, generators or open files, or set runtime.num_workers=0."
@@ -390,6 +397,7 @@ _REMEDIES: tuple[tuple[tuple[str, ...], tuple[int, ...], str], ...] = (
     (("can't start new thread", "resource temporarily unavailable"), (errno.EAGAIN,), _THREADS),
     (("requires_grad",), (), "Call detach() on tensors of a batch, or set runtime.num_workers=0."),
     (("af_unix path too long",), (), "Set TMPDIR to a folder with a path of at most 70 characters."),
+    (("timed out after",), (), _FORKED),
     (("pickl", "local object"), (), _PICKLED),  # "local object" from Python 3.12 on
 )
 _open_contexts: set[WorkerContext] = set()

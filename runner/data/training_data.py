@@ -74,7 +74,7 @@ def loader_options(runtime: RuntimeConfig, *, pin_memory: bool) -> LoaderOptions
         runtime.prefetch,
         runtime.start_method,
         pin_memory,
-        Limits(cores() / local_size()) if automatic else None,
+        limits=Limits(cores() / local_size(), timeout=runtime.timeout) if automatic else None,
     )
 
 

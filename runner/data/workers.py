@@ -35,6 +35,7 @@ from runner.errors import DataError, printable
 log = logging.getLogger("runner")
 
 _LARGE = 10_000  # items or numbers: a larger container or array is data, which copies may share
+_IN_MEMORY = {"pandas", "polars", "pyarrow", "scipy"}  # their large tables and matrices may be shared as well
 _DEPTH = 8  # levels of attributes and containers that are searched for large data
 _WAITING = 0.25  # share of reading on a core: with less, reading waits, and is not just slowed down by other processes
 _MOST = 32  # workers, even on a large machine
@@ -42,7 +43,9 @@ _WORTH = 0.05  # share of a step's time: a shorter wait does not matter
 _GAIN = 0.04  # share of a step's time: a smaller gain is not worth the memory of more workers
 _SEND_SECONDS = 0.5e-3, 1e-9  # time of this process for a batch from a worker: per batch, per byte
 _WORKER_BYTES = {"fork": 100e6, "spawn": 500e6, "forkserver": 500e6}  # memory of a worker without batches
+_IMPORTS = 20  # times the first measurement, where workers import modules, for which training waits some seconds
 _MIN_STEPS = 4  # the fewest steps in a measurement
+_PATIENCE_SECONDS, _PATIENCE = 30.0, 20  # the longest wait for a batch of a worker: a time, and times the usual one
 _OUTLIER = 10  # a step longer than so many medians includes an evaluation or a save
 
 
@@ -73,7 +76,7 @@ class WorkerChoice:
     def __init__(self, limits: Limits, options: LoaderOptions) -> None:
         self._limits = limits
         self._prefetch = options.prefetch
-        self._worker_bytes = _WORKER_BYTES[multiprocessing.get_context(options.start_method).get_start_method()]
+        self._worker_bytes = _WORKER_BYTES[_start_method(options)]
         self._tried: dict[int, float] = {}  # number of workers -> seconds of a step
         self._share = self._reading = 0.0  # the share of reading in a step, and its seconds
 
@@ -146,6 +149,10 @@ class AdaptiveLoader:
         self._fixed_to_this_process = fetcher is local_fetcher
         self._logged_number: int | None = None
         self._first_seconds, self._most_seconds = options.limits.seconds
+        self._timeout = options.limits.timeout
+        self._imports = _start_method(options) == "spawn"
+        if self._imports:
+            self._first_seconds *= _IMPORTS
         self._seconds = self._first_seconds
         self._share = 1.0  # share of reading on a core
         self._last_batch: Any = None
@@ -197,11 +204,12 @@ class AdaptiveLoader:
         log.debug("workers  %s: next %d", measured, number)
         if number != self.workers:
             self._seconds = self._first_seconds
-            self._move(number)
+            self._move(number, measured.reading)
             return
         self._seconds = min(2 * self._seconds, self._most_seconds)
         self._measure()
-        if number != self._logged_number:
+        matters = number or self._logged_number or measured.waited > _WORTH * measured.seconds
+        if matters and number != self._logged_number:
             limit, cause = self._choice.limit(measured)
             log.info(
                 "workers  %d for %s: a step reads for %.1f ms and takes %.1f ms beside it; at most %d, limited by %s",
@@ -234,11 +242,12 @@ class AdaptiveLoader:
         batch: FetchedBatch = next(self._loader)
         return batch
 
-    def _open(self, workers: int) -> None:
+    def _open(self, workers: int, timeout: float = 0.0) -> None:
         self.workers = workers
         fetcher = self._fetcher if workers else self._local_fetcher
         self._items.asking = self._items.request is not None and workers > 0
-        self._loader = Loader(fetcher, self._items, replace(self._options, num_workers=workers), key=self._key)
+        options = replace(self._options, num_workers=workers, timeout=timeout)
+        self._loader = Loader(fetcher, self._items, options, key=self._key)
 
     def _begin(self) -> None:
         try:
@@ -248,11 +257,17 @@ class AdaptiveLoader:
                 raise
             self._stay(error)
 
-    def _move(self, workers: int) -> None:
-        """Go on reading with another number of workers."""
+    def _move(self, workers: int, reading: float) -> None:
+        """Go on reading with another number of workers; a batch takes ``reading`` seconds."""
+        if workers and self._imports:
+            log.info("workers  starting %d for %s; training waits until they have imported modules", workers, self._key)
         self._loader.close()
         self._fetcher.generators |= self._local_fetcher.generators  # as this process has seen by now
-        self._open(workers)
+        if workers:  # closes files before a fork, which some libraries require (LMDB)
+            self._local_fetcher.samples = unread_copy(self._fetcher.samples)
+        # A forked worker waits forever for a lock or a thread that only this process has.
+        patience = _PATIENCE_SECONDS * (1 + self._imports) + _PATIENCE * reading
+        self._open(workers, math.ceil(min(patience, self._timeout / 2)))
         self._begin()
         self._measure(leave_out=workers + 1)
 
@@ -292,6 +307,10 @@ class _Items:
             yield item
 
 
+def _start_method(options: LoaderOptions) -> str:
+    return multiprocessing.get_context(options.start_method).get_start_method()
+
+
 def examine(
     fetcher: Fetcher, options: LoaderOptions, *, audit: bool, key: str = "data.train"
 ) -> tuple[Fetcher, Sketch, list[str] | None]:
@@ -304,17 +323,19 @@ def examine(
     if options.limits is None:
         return fetcher, *probe.check_samples(fetcher, options, audit=audit, key=key)
     fetcher.timed = True
-    before = _open_files()
+    before, reason = _open_files(), ""
     try:
-        local_fetcher, trial, reason = _over_copy(fetcher), _over_copy(fetcher), ""
+        local_fetcher = _over_copy(fetcher)
     except Exception as error:
-        local_fetcher, trial, reason = fetcher, fetcher, f"it cannot be copied ({type(error).__name__}: {error})"
-    results = probe.check_samples(trial, options, audit=audit, key=key)
-    local_fetcher.generators = fetcher.generators = trial.generators
-    local_fetcher.by_batch = fetcher.by_batch = trial.by_batch
-    del trial
-    if not reason and (left := _open_files() - before):
-        reason = f"its samples leave files open that workers must not share: {', '.join(sorted(left))}"
+        local_fetcher, reason = fetcher, f"it cannot be copied ({type(error).__name__}: {error})"
+    results = probe.check_samples(local_fetcher, options, audit=audit, key=key)
+    fetcher.generators, fetcher.by_batch = local_fetcher.generators, local_fetcher.by_batch
+    if not reason and _open_files() - before:
+        local_fetcher = fetcher  # drops the copy, which closes its files
+        if left := _open_files() - before:
+            reason = f"its samples leave files open that workers must not share: {', '.join(sorted(left))}"
+        else:
+            local_fetcher = _over_copy(fetcher)
     if reason:
         log.info("workers  0 for %s, a %s: %s", key, type(fetcher.samples).__qualname__, printable(reason))
         return fetcher, *results
@@ -351,8 +372,8 @@ def _share(value: Any, shared: dict[int, Any], seen: set[int], depth: int) -> No
     if id(value) in seen or depth < 0:
         return
     seen.add(id(value))
-    if isinstance(value, np.ndarray | torch.Tensor):
-        if math.prod(value.shape) > _LARGE:
+    if isinstance(value, np.ndarray | torch.Tensor) or type(value).__module__.partition(".")[0] in _IN_MEMORY:
+        if math.prod(getattr(value, "shape", ())) > _LARGE:
             shared[id(value)] = value
     elif isinstance(value, list | tuple | dict):
         if len(value) > _LARGE:
