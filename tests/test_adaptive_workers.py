@@ -412,7 +412,7 @@ def test_a_copy_shares_large_data_alone() -> None:
 
     class Inner:
         def __init__(self) -> None:
-            self.large, self.small, self.table = torch.zeros(20_000), [1], {"x": list(range(20_000))}
+            self.large, self.small, self.table = torch.zeros(20_000), [1], {"x": list(range(2_000))}
             self.matrix = sparse.eye_array(20_000)
 
     class Outer:

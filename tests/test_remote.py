@@ -363,6 +363,24 @@ def test_wrong_keys_are_an_error_at_once(s3: Server) -> None:
         assert time.monotonic() - start < 5
 
 
+def test_missing_credentials_say_where_they_are_read(
+    s3: Server, azure: Server, sftp: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith(("AWS_", "AZURE_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    without = {name: value for name, value in s3.options.items() if name not in ("key", "secret")}
+    no_key = {"look_for_keys": False, "allow_agent": False, **sftp.options} | {"key_filename": None}
+    for url, options, place in (
+        (s3.url, without, "AWS_ACCESS_KEY_ID"),
+        (azure.url, {}, "AZURE_STORAGE_CONNECTION_STRING"),
+        (sftp.url, no_key, "storage_options.key_filename"),
+    ):
+        with pytest.raises(StorageError, match=f"Credentials are read from .*{place}"):
+            open_location(url, options).list("")
+
+
 def test_an_sftp_connection_that_was_lost_is_made_again(sftp: Server) -> None:
     location = open_location(f"{sftp.url}/lost", sftp.options)
     location.put("a", [b"1"])

@@ -34,7 +34,7 @@ from runner.errors import DataError, printable
 
 log = logging.getLogger("runner")
 
-_LARGE = 10_000  # items or numbers: a larger container or array is data, which copies may share
+_LARGE, _MANY = 10_000, 1_000  # numbers of an array, items of a container: more are data, which copies may share
 _IN_MEMORY = {"pandas", "polars", "pyarrow", "scipy"}  # their large tables and matrices may be shared as well
 _DEPTH = 8  # levels of attributes and containers that are searched for large data
 _WAITING = 0.25  # share of reading on a core: with less, reading waits, and is not just slowed down by other processes
@@ -376,7 +376,7 @@ def _share(value: Any, shared: dict[int, Any], seen: set[int], depth: int) -> No
         if math.prod(getattr(value, "shape", ())) > _LARGE:
             shared[id(value)] = value
     elif isinstance(value, list | tuple | dict):
-        if len(value) > _LARGE:
+        if len(value) > _MANY:
             shared[id(value)] = value
             return
         for inner in value.values() if isinstance(value, dict) else value:

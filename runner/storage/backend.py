@@ -32,6 +32,7 @@ class StoreKind:
     ``protocols``: the schemes of its URLs. ``extra``: the extra of this package that installs its fsspec backend, if
     fsspec has none. ``atomic``: an object appears when its upload is complete, and not before. ``bucket``: a path
     begins with a bucket or container, which must exist. ``options``: defaults for the arguments of its file system.
+    ``credentials``: where its file system looks for them.
     """
 
     protocols: tuple[str, ...]
@@ -39,16 +40,24 @@ class StoreKind:
     atomic: bool = False
     bucket: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    credentials: str = ""
 
 
 # s3fs would upload ten parts of 50 MB at once; and ``backend`` retries, so botocore need not.
 _S3 = {"max_concurrency": 2, "config_kwargs": {"retries": {"max_attempts": 0}}}
 
+_OF_S3 = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+_OF_GCS = "GOOGLE_APPLICATION_CREDENTIALS, or `gcloud auth application-default login`"
+_OF_AZURE = "AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY"
+_OF_SFTP = "an ssh agent, a key in ~/.ssh, or +run.storage_options.key_filename=<path of a key>"
+
 STORES = (
-    StoreKind(("s3", "s3a"), "s3", atomic=True, bucket=True, options=_S3),
-    StoreKind(("gs", "gcs"), "gcs", atomic=True, bucket=True),
-    StoreKind(("az", "abfs", "abfss"), "azure", atomic=True, bucket=True),
-    StoreKind(("sftp", "ssh"), "sftp"),  # posix-rename is atomic; but nothing makes the server sync its disk
+    StoreKind(("s3", "s3a"), "s3", atomic=True, bucket=True, options=_S3, credentials=_OF_S3),
+    StoreKind(("gs", "gcs"), "gcs", atomic=True, bucket=True, credentials=_OF_GCS),
+    StoreKind(("az", "abfs", "abfss"), "azure", atomic=True, bucket=True, credentials=_OF_AZURE),
+    StoreKind(
+        ("sftp", "ssh"), "sftp", credentials=_OF_SFTP
+    ),  # posix-rename is atomic; but nothing makes the server sync its disk
     StoreKind(("memory",), atomic=True),
 )
 
@@ -71,6 +80,7 @@ _ENDPOINT = re.compile(r"https?://[^@?]*")  # a URL without credentials
 _FINAL = (PermissionError, FileNotFoundError, NotADirectoryError, ImportError, TypeError, NotImplementedError)
 _FINAL_NAMES = {"AuthenticationException", "BadHostKeyException", "ClientAuthenticationError"}
 _FINAL_NAMES |= {"DefaultCredentialsError", "NoCredentialsError", "PartialCredentialsError"}
+_CREDENTIALS = re.compile("credential|authenticat|accesskey", re.IGNORECASE)
 _TRY_LATER = {408, 409, 425, 429}
 _SHORTEST_SECRET = 4
 _jitter = random.SystemRandom()  # the global generator belongs to the user and is part of a run's state
@@ -204,6 +214,8 @@ class Backend:
         if not reason and isinstance(error, asyncio.TimeoutError):
             reason = "no answer in time"
         text = printable(f"{type(error).__name__}: {reason}").rstrip(": ")
+        if self.kind.credentials and _CREDENTIALS.search(text):
+            text += f". Credentials are read from {self.kind.credentials}"
         for secret in self._secrets:
             text = text.replace(secret, "***")
         failure = StorageError(f"cannot {verb} {self.url}{'/' if name else ''}{name}: {text}")
