@@ -27,7 +27,7 @@ from counts import count
 
 USER = Path(__file__).parent / "user"
 LAST = ("runner.experiment.finish", 1)  # a ``call`` when all but the result is written
-WAITED = {"checkpoint.background": "false", "checkpoint.every": "null"}
+DETERMINED = {"checkpoint.background": "false", "checkpoint.every": "null", "runtime.num_workers": "0"}
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ class Lives:
         ``call`` of a function by its name; in the n-th remote ``put``; at the n-th storage ``operation``, which fails
         with the errno ``fail`` if that is set. The n-th local put does ``hang`` for ``hang_seconds``, by default
         forever. ``without`` drops a part from the state. ``machine`` has it live on a machine of that name, whose locks
-        no other sees. Checkpoints are waited for unless the arguments say otherwise, so that it is certain what is
-        committed after a step.
+        no other sees. Unless the arguments say otherwise, checkpoints are waited for, so that it is certain what is
+        committed after a step, and the training process reads, so that no test depends on how long that takes.
         """
         mines = Mines(
             after=after,
@@ -169,10 +169,10 @@ class Lives:
     ) -> Life:
         """Begin a life without waiting for its end."""
         keys = {argument.partition("=")[0] for argument in arguments}
-        waited = [f"{key}={value}" for key, value in WAITED.items() if key not in keys]
+        determined = [f"{key}={value}" for key, value in DETERMINED.items() if key not in keys]
         place = next((n for n, argument in enumerate(arguments) if argument.startswith("experiment=")), None)
         if place is not None:
-            arguments = (*arguments[:place], *waited, *arguments[place:])
+            arguments = (*arguments[:place], *determined, *arguments[place:])
         number = next(self._numbers)
         log = self._folder / f"life{number}.log"
         log.touch()

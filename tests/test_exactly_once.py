@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,9 @@ Live = Callable[..., Ended]
 def live(life: Lives, tmp_path: Path) -> Live:
     """One life of a user's experiment, in a root of this test."""
 
-    def one(experiment: str, *more: str, step: int | None = None) -> Ended:
+    def one(experiment: str, *more: str, step: int | None = None, after: float | None = None) -> Ended:
         command = ("--config-dir", "conf", f"experiment={experiment}", f"run.root={tmp_path}", *more)
-        return life(*command, cwd=USER, step=step)
+        return life(*command, cwd=USER, step=step, after=after)
 
     return one
 
@@ -140,6 +140,26 @@ def test_cuts_change_nothing(
         assert live("rows", *how, f"runtime.num_workers={workers}", step=step).status is None
     assert live("rows", *how, f"runtime.num_workers={(workers + 1) % 4}").status == 0
     assert not results(tmp_path / "rows" / "r").differences(whole("rows", "trainer.max_steps=15"))
+    assert audited(tmp_path / "rows" / "r", capsys)["holds"]
+
+
+@pytest.mark.campaign
+def test_kills_while_the_number_of_workers_moves(
+    live: Live, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A life begins workers after about a second; at a random moment it is killed, until it has finished."""
+    mark, chance = tmp_path / "read-by-a-worker", random.Random(5)
+    slow = ("data.train._target_=mine.data.Slow", f"+data.train.mark={mark}", "trainer.max_steps=100")
+    assert live("rows", *slow, "run.name=whole").status == 0
+    assert not mark.exists()
+    for seconds in count(3.0):
+        more = ("run.name=r", "checkpoint.every_steps=10", "runtime.num_workers=auto")
+        ended = live("rows", *slow, *more, after=chance.uniform(1, seconds))
+        if ended.status is not None:
+            break
+    assert ended.status == 0, ended.output
+    assert mark.exists()
+    assert not results(tmp_path / "rows" / "r").differences(results(tmp_path / "rows" / "whole"))
     assert audited(tmp_path / "rows" / "r", capsys)["holds"]
 
 

@@ -100,7 +100,7 @@ def test_random_kills_change_nothing(name: str, life: Lives, tmp_path: Path, uni
         runs += 1
         more = (f"run.root={tmp_path}", f"run.name=r{runs}")
         while True:
-            workers = f"runtime.num_workers={chance.choice([0, 1, 3])}"
+            workers = f"runtime.num_workers={chance.choice([0, 1, 3, 'auto'])}"
             background = f"checkpoint.background={chance.choice(['true', 'false'])}"
             ended = life(*command, *more, workers, background, cwd=USER, after=chance.uniform(0, 1.2 * whole))
             if ended.status is not None:

@@ -32,6 +32,20 @@ class Rows:
         return row(index) + 0.1 * noise.float(), index % 3
 
 
+class Slow(Rows):
+    """As from a store that answers slowly, so that data workers are worth while; they make the file ``mark``."""
+
+    def __init__(self, size, mark):
+        super().__init__(size)
+        self.mark = mark
+
+    def __getitem__(self, index):
+        time.sleep(0.002)
+        if torch.utils.data.get_worker_info():
+            Path(self.mark).touch()
+        return super().__getitem__(index)
+
+
 def harder(samples):
     """A curriculum for 100 rows: in the first two epochs the first half alone, then the second half more and more."""
     first, all_ = np.arange(100) < 50, np.ones(100)
