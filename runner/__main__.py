@@ -34,6 +34,7 @@ _QUOTED = r'"\g<0>"'
 
 def main() -> int:
     """Run the application; returns the exit status, as listed in ``runner.errors``."""
+    _open_standard_files()
     if sys.argv[1:] == ["--version"]:
         print(f"hydra-runner {__version__}")
         return 0
@@ -91,6 +92,15 @@ def console() -> int:
         module = import_module(f"runner.{sys.argv.pop(1)}.__main__")
         return int(module.main())
     return run_main()
+
+
+def _open_standard_files() -> None:
+    """Open /dev/null for standard descriptors that are closed. A file of the run would get the number of one, and with
+    it what a library prints.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
 
 
 def _flags_first(words: list[str]) -> list[str]:

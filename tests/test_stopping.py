@@ -97,6 +97,15 @@ def test_a_signal_during_start_up_leaves_with_75(life: Lives, tmp_path: Path) ->
     assert life(*COMMAND, f"run.root={tmp_path}", "run.name=r").status == 0
 
 
+def test_closed_standard_files_are_no_files_of_a_run(tmp_path: Path) -> None:
+    code = "import os, sys; from runner.__main__ import main; sys.argv[1:] = ['--version']; main();"
+    code += (
+        f"open({str(tmp_path / 'files')!r}, 'w').write(' '.join(os.readlink(f'/proc/self/fd/{{n}}') for n in range(3)))"
+    )
+    subprocess.run(["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, code], check=True)
+    assert (tmp_path / "files").read_text() == "/dev/null /dev/null /dev/null"
+
+
 def test_a_second_interrupt_leaves_at_once() -> None:
     code = (
         "import os, signal, time; from runner import signals; signals.install();"
