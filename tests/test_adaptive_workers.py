@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch.utils.data import get_worker_info
+from torch.utils.data import Dataset, Subset, get_worker_info
 
 from runner.data.fetch import Fetcher
 from runner.data.limits import Limits, cores, free_memory
@@ -28,12 +28,12 @@ CPU = torch.device("cpu")
 N, BATCH = 50, 4
 
 
-class Noisy:
+class Noisy(Dataset[Any]):
     """Draws, opens its file at the first read, and says which process has read a sample."""
 
     def __init__(self, path: Path) -> None:
         path.write_bytes(bytes(range(N)))
-        self.path = path
+        self.path, self.strength = path, 1.0
         self.file: Any = None
 
     def __del__(self) -> None:
@@ -259,6 +259,18 @@ def test_workers_that_wait_forever_are_given_up(
     assert same(batches, expected)
     assert numbers[-1] == 0
     assert "They may wait for a thread or a lock" in caplog.text
+
+
+@pytest.mark.parametrize("wrap", [lambda samples: samples, lambda samples: Subset(samples, range(N))])
+def test_data_that_is_changed_from_outside_is_an_error(scripted: Any, tmp_path: Path, wrap: Any) -> None:
+    samples = Noisy(tmp_path / "x")
+    samples.strength = 0.5
+    stream = opened(wrap(samples), scripted(2, 0))
+    read(stream, 20)
+    samples.strength = 1.0
+    with pytest.raises(DataError, match=r"strength of .* was 0.5 and is 1.0 now.*runtime.num_workers=0"):
+        read(stream, 20)
+    stream.close()
 
 
 def test_samples_that_differ_in_a_worker_stay_here(

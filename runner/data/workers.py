@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset
 
 from runner.data import probe
 from runner.data.fetch import FetchedBatch, Fetcher
@@ -147,6 +148,7 @@ class AdaptiveLoader:
         self._items = _Items(sampler, request)
         self._check = check
         self._fixed_to_this_process = fetcher is local_fetcher
+        self._settings = dict(_settings(fetcher.samples))
         self._logged_number: int | None = None
         self._first_seconds, self._most_seconds = options.limits.seconds
         self._timeout = options.limits.timeout
@@ -162,6 +164,7 @@ class AdaptiveLoader:
 
     def __iter__(self) -> "AdaptiveLoader":
         """Begin a pass."""
+        self._require_unchanged()
         self._items.begin()
         self._begin()
         self._measure(leave_out=1)
@@ -200,6 +203,7 @@ class AdaptiveLoader:
         self._loader.close()
 
     def _adapt(self, measured: Measurement) -> None:
+        self._require_unchanged()
         number = self._choice.after(measured)
         log.debug("workers  %s: next %d", measured, number)
         if number != self.workers:
@@ -234,6 +238,19 @@ class AdaptiveLoader:
         self._step_began = time.perf_counter()
         self._due = self._step_began + self._seconds
         self._waited = self._all_waited = self._reading = 0.0
+
+    def _require_unchanged(self) -> None:
+        """Raise DataError if the training process has changed a setting of the data set, of which a copy is read."""
+        if self._fixed_to_this_process:
+            return
+        for name, now in _settings(self._fetcher.samples):
+            before = self._settings.get(name, now)
+            if now != before:
+                raise DataError(
+                    f"{self._key}: {name} of {type(self._fetcher.samples).__qualname__} was {before} and is {now} now, "
+                    "but a copy of it is read. Let samples depend on their index and the configuration alone, or set "
+                    "runtime.num_workers=0, with which this process reads the very object"
+                )
 
     def _next(self) -> FetchedBatch:
         if self._items.asking:
@@ -365,6 +382,15 @@ def unread_copy(samples: Any) -> Any:
     shared: dict[int, Any] = {}
     _share(samples, shared, set(), _DEPTH)
     return copy.deepcopy(samples, shared)
+
+
+def _settings(samples: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The plain public attributes of a data set, and of data sets in its attributes, by their paths."""
+    for name, value in getattr(samples, "__dict__", {}).items():
+        if isinstance(value, int | float | str) and not name.startswith("_"):
+            yield f"{prefix}{name}", repr(value)
+        elif isinstance(value, Dataset) and prefix.count(".") < _DEPTH:
+            yield from _settings(value, f"{prefix}{name}.")
 
 
 def _share(value: Any, shared: dict[int, Any], seen: set[int], depth: int) -> None:
