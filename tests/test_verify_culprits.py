@@ -1,13 +1,15 @@
 """``python -m runner.verify`` names the culprit and no decoy beside it, says where it is, and how to fix it."""
 
-import importlib
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
 import pytest
 
-from runner.verify import source
 from runner.verify.campaign import KillPlan
 from runner.verify.diagnosis import Investigation
 from runner.verify.difference import FirstDifference
@@ -54,8 +56,8 @@ CULPRITS = {
     "Rustles": (model, "model memory", ["model.source was torch.Generator", "get_extra_state"], "self.source"),
     "Exchanges": (task, "task memory", ["the function doubled", "exchange it where"], "Ops.scale = "),
     "Quiets": (task, "process", ["numpy.geterr() was {'divide': 'ignore'"], ""),
-    "Ties": (task, "structure", ["same object) changed from none to layers.1.bias = layers.4.bias"], ""),
-    "Grows": (task, "structure", ["model/late.weight came in step 4"], "model.late = "),
+    "Ties": (task, "structure", ["model/layers.4.bias was replaced"], ""),
+    "Grows": (task, "structure", ["model/late.weight is a torch.float32 tensor"], "model.late = "),
     "Leaves": (task, "chance", ["leaves.txt", "culprits.py:"], 'open(self.file, "a")'),
     "Pids": (task, "pid", ["os.getpid"], "os.getpid()"),
 }
@@ -121,20 +123,71 @@ def test_a_refused_attempt_is_a_difference() -> None:
     assert difference.path.splitlines()[0] == "line 0"
 
 
-def test_an_audit_hook_sees_files_that_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    outside = source.OutsideAccess()
-    try:
-        (tmp_path / "written").write_text("x")
-        (tmp_path / "written").read_text()
-        [*tmp_path.iterdir()]
-        monkeypatch.syspath_prepend(tmp_path)  # whose import lists the folder
-        (tmp_path / "imported.py").write_text("")
-        importlib.import_module("imported")
-    finally:
-        outside.close()
-    assert [*outside.reached] == [
-        f"the file {tmp_path / 'written'}",
-        f"the folder {tmp_path}",
-        f"the file {tmp_path / 'imported.py'}",
-    ]
-    assert all(place.startswith(f"{__file__}:") for place in outside.reached.values())
+# A line of the user's -> what it reaches; of the second group, another start may read another value.
+SURE = {
+    'Path(folder, "out").write_text("x")': ["the file FOLDER/out"],
+    "sorted(os.listdir(folder))": ["the order of the folder FOLDER"],
+    "import imported": [],
+    "library.ask()": [],
+    "logging.getLogger().error(os.getenv('HOME'))": [],
+    "os.stat(folder).st_size": [],
+    "os.open(folder + '/table.h5', os.O_CREAT | os.O_WRONLY)": ["the file FOLDER/table.h5"],  # as libraries in C do
+}
+UNTRIED = {
+    'Path(folder, "kept").write_text(Path(folder, "kept").read_text())': [
+        "the state in the file FOLDER/kept",
+        "the file FOLDER/kept",
+    ],
+    '[*Path(folder).glob("*.txt")]': ["the order of the folder FOLDER"],
+    "platform.node()": ["the host name"],
+    "os.getppid()": ["the pid"],
+    "os.environ['SLURM_JOB_ID']": ["the environment variable SLURM_JOB_ID"],
+    "resource.getrusage(0)": ["the time and memory of the process"],
+    "uuid.uuid1()": ["uuid1, the time and the address of the machine"],
+    "gc.get_objects()": ["the garbage collector"],
+    "os.path.getmtime(folder)": ["the times of a file"],
+    'open("/proc/uptime").close()': ["the file /proc/uptime"],
+    "threading.Timer(0, int).start()": ["a timer"],
+    'subprocess.run(["true"])': ["the process true"],
+    "os.fork() or os._exit(0)": ["a process"],
+}
+IMPORTS = "import gc, library, logging, os, platform, resource, subprocess, threading, uuid\nfrom pathlib import Path\n"
+WATCH = """
+import json, sys
+from runner.verify import source
+folder = sys.argv[1]
+sys.path[:0] = [folder, f"{folder}/site-packages"]
+import user
+outside = source.OutsideAccess()
+for ask in user.lines:
+    outside.reached.clear()
+    ask(folder)
+    reached = outside.lasting()
+    print(json.dumps([reached, source.untried(reached)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def accesses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, str], list[str]]]:
+    """For each line, what it reaches and where, and what of that is untried."""
+    folder, lines = tmp_path_factory.mktemp("user"), [*SURE, *UNTRIED]
+    text = "".join(f"    lambda folder: {line},\n" for line in lines).replace(
+        "import imported", "__import__('imported')"
+    )
+    (folder / "user.py").write_text(f"{IMPORTS}lines = [\n{text}]\n")
+    for name in ("imported.py", "kept"):
+        (folder / name).touch()
+    (folder / "site-packages").mkdir()
+    (folder / "site-packages/library.py").write_text("import os\ndef ask():\n    os.getpid(), os.listdir('.')\n")
+    command, environment = [sys.executable, "-c", WATCH, str(folder)], {**os.environ, "SLURM_JOB_ID": "7"}
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+    records = map(json.loads, output.replace(str(folder), "FOLDER").splitlines())
+    return dict(zip(lines, records, strict=True))
+
+
+@pytest.mark.parametrize("line", [*SURE, *UNTRIED])
+def test_accesses_to_the_outside_are_seen(line: str, accesses: dict[str, tuple[dict[str, str], list[str]]]) -> None:
+    reached, untried = accesses[line]
+    assert [access for access in reached if "table.h5" not in access or "table.h5" in line] == (SURE | UNTRIED)[line]
+    assert {*reached.values()} <= {f"FOLDER/user.py:{4 + [*accesses].index(line)}", "open"}
+    assert bool(untried) == (line in UNTRIED)

@@ -45,15 +45,11 @@ def save_every(steps: int, *, keep: bool = False) -> tuple[str, ...]:
     return "checkpoint.every=null", "checkpoint.every_seconds=null", f"checkpoint.every_steps={steps}", retention
 
 
-def evaluation_interval(options: Options) -> int:
-    """The most steps between two evaluations, so that every run has evaluations."""
-    return max(1, (options.steps or _STEPS) // 3)
-
-
 def run_undisturbed(executor: Executor, options: Options) -> RunTrace:
     """The run with which others are compared."""
     run = RunTrace("undisturbed")
     steps = options.steps or _STEPS
+    executor.evaluations = max(1, steps // 3)  # so that every run has evaluations
     overrides = ("checkpoint.background=false", *save_every(_save_interval(steps)))
     seconds = None if options.steps else _SECONDS
     if options.minutes is not None:

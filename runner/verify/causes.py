@@ -37,7 +37,7 @@ class Cause:
         return replace(self, description=f"{self.description}: {words}") if words else self
 
 
-_STATEFUL = "give it state_dict and load_state_dict; both are then saved and restored with the model"
+_STATEFUL = "save it in state_dict and restore it in load_state_dict (write both where there are none)"
 _SEEDED = "draw from python's, numpy's or torch's global generators, which are seeded for every sample"
 _BY_INDEX = "make a sample depend on its index and on the global generators alone"
 _EVERY_STEP = "set it in every step, from a count in the task's state_dict, and not only once"
@@ -52,6 +52,8 @@ time: the time is used in training: seconds, an hour, a date
     count steps instead of seconds; take a date from the configuration; the runner has metrics of time
 entropy: a generator is seeded by the system: default_rng(), random.Random() or os.urandom without a seed
     {_SEEDED}, or seed it from the configuration and save its state
+gc: training depends on when the garbage collector runs: objects that hold each other live until then
+    do not count live objects or weak references, and do nothing in __del__ and in their callbacks that a step reads
 threads: the result depends on how threads take turns
     runtime.num_threads=1, or a kernel that adds up in a fixed order
 kernel: a kernel is used whose result varies from call to call
@@ -119,6 +121,9 @@ tying: training makes one parameter of several, or several of one, and no state_
     tie weights where the model is built
 gradients: gradients are kept from one step to the next, and are in no state_dict
     accumulate them within one step: trainer.accumulate, or several backward() before each update.step
+structure: training changes the structure of the state, into which a new process cannot load it
+    build all layers and param groups, and tie weights, where the model is built; let a buffer, a rate of 0 or \
+requires_grad decide when each is used
 hang: an attempt does not come to its end, which may be of your code or of a machine that was busy
     look at the lines above: at locks and waits without a limit, at files and processes of an earlier attempt
 state: something in a state_dict cannot be saved
@@ -163,6 +168,7 @@ _BY_ERROR = {
     "data-changed": "data memory (elsewhere)",
     "state": "state",
     "restore": "restoring",
+    "structure": "structure",
 }
 
 
@@ -209,17 +215,6 @@ def of_memory(entries: Sequence[Remembered], *, sure: bool = True) -> Cause:
         key = next((key for root, key in _BY_ROOT.items() if path.startswith(root)), "task memory")
         return replace(_more_exact(CAUSES[key], path, was).with_memory(in_words(entries)), sure=sure)
     return replace(CAUSES[key].with_memory(in_words(entries)), sure=sure)
-
-
-def of_structure(changes: Sequence[tuple[int, str, str]]) -> Cause:
-    """The cause if training changes which parameters or groups there are. ``changes``: step, path, and how."""
-    text = "; ".join(f"{path} {how} in step {step}" for step, path, how in changes[:3])
-    return Cause(
-        "structure",
-        f"training changes the structure of the state, into which a new process cannot load it: {text}",
-        "build all layers and param groups, and tie weights, where the model is built; let a buffer, a rate of 0 or "
-        "requires_grad decide when each is used",
-    )
 
 
 def of_error(kind: str, changed: str) -> Cause:

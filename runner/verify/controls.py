@@ -41,7 +41,7 @@ _true_clocks = time.clock_gettime, time.clock_gettime_ns
 callers: list[str] = []  # lines of the user's code that asked for what is held constant, or read a clock that is ahead
 _ahead = 0  # seconds; negative: late
 _fast = False  # whether steps seem to take longer
-_step_seconds = 0  # all clocks of the training thread are ahead by so much more, also clocks with an arbitrary start
+step_seconds = 0  # all clocks of the training thread are ahead by so much more, also clocks with an arbitrary start
 _training_thread = 0
 _ticks: dict[str, Iterator[int]] | None = None  # module -> ticks of its pinned clocks
 
@@ -62,9 +62,9 @@ def pin(*pins: str, ahead: int = 0, late: int = 0) -> None:
 
 def advance(seconds: int = _STEP_SECONDS) -> None:
     """Move clocks that are ahead further, as if the last step had taken so long, for the calling thread alone."""
-    global _step_seconds, _training_thread
+    global step_seconds, _training_thread
     _training_thread = threading.get_ident()
-    _step_seconds += seconds * _fast
+    step_seconds += seconds * _fast
 
 
 class _Ahead(int):
@@ -110,7 +110,7 @@ def _pin_entropy() -> None:
     random.Random.seed = seeded  # type: ignore[method-assign]
 
 
-_PINS: dict[str, Callable[[], None]] = {"pid": _pin_pid, "time": _pin_time, "entropy": _pin_entropy}
+_PINS = {"pid": _pin_pid, "time": _pin_time, "entropy": _pin_entropy, "gc": gc.disable}
 
 
 def _replace_clocks() -> None:
@@ -160,7 +160,7 @@ def _time_for(true: Any, frame: FrameType | None, unit: int = 1, *, of_day: bool
         return true
     if _fast:
         _note_caller(frame)
-    more = _step_seconds if threading.get_ident() == _training_thread else 0
+    more = step_seconds if threading.get_ident() == _training_thread else 0
     return true + unit * ((_ahead if of_day else 0) + more)
 
 

@@ -21,7 +21,7 @@ from runner.verify.fingerprint import UNSEEN
 from runner.verify.memory import HOOKS, PROCESS
 
 _CHUNKS = 8  # suspects, or groups of them, that are tried or left out one by one
-# Where to look first for the memory behind a part, and the method behind a cause.
+# Where to look first for the memory behind a part, and the methods behind a cause.
 _NEAREST = {
     "data order": ("data.",),
     "augmentation": ("data.",),
@@ -36,6 +36,7 @@ _METHODS = {
     "restoring": "load_state_dict",
     "stopping": "load_state_dict",
     "evaluation": "evaluation_step",
+    "gc": "__del__ finalize get_objects get_count WeakSet WeakValueDictionary",
 }
 _SETTERS = {"getcwd": "chdir"}  # other settings of the process have "set" for "get"
 _MORE_STEPS = 8  # compared after the first that differed: chance may give equal values in a single step
@@ -45,6 +46,7 @@ _CONSTANT = {
     "pid": None,
     "time": None,
     "entropy": None,
+    "gc": None,
     "threads": "runtime.num_threads=1",
     "kernel": "runtime.deterministic=true",
 }
@@ -81,8 +83,7 @@ class Investigation:
         """The line of the user's object in which a part is computed."""
         data = ("data order", "augmentation", "data")
         key = "data.train" if part in data else part.replace("callback.own.", "callbacks.")
-        names = [_METHODS[kind]] if kind in _METHODS else []
-        return source.line_of(names, self._sources.get(key) or self._sources.get("task", []))
+        return source.line_of(_METHODS.get(kind, "").split(), self._sources.get(key) or self._sources.get("task", []))
 
     def _without_kills(self) -> Cause | None:
         """The cause if runs differ although none is killed. Others are then compared with a run of the same length."""
@@ -91,15 +92,20 @@ class Investigation:
             if self._equal("the same again", 2, again):
                 whole = self.run(steps=self._plan.limit)
                 if self.differs("undisturbed, with as many steps as the killed run", whole):
-                    equal = self._equal("the same with fewer steps", 1, whole, steps=self._until)
-                    cause = CAUSES["files" if equal else "length"].seen_in(difference.part, difference.path)
-                    return cause.reaching(self._reached if equal else {})
+                    if self._equal("the same with fewer steps", 1, whole, steps=self._until):
+                        return CAUSES["files"].seen_in(difference.part, difference.path).reaching(self._reached)
+                    if self._base.attempts[0].request.steps != self._plan.limit:
+                        return CAUSES["length"].seen_in(difference.part, difference.path)
+                    return self.cause_by_pin(difference)
             else:
                 return self.cause_by_pin(difference)
         self._base = again
         silent = self.run(silent=True)
         if difference := self.differs("undisturbed, its state taken for checkpoints alone", silent):
-            return CAUSES["saving"].seen_in(difference.part, difference.path)
+            pinned = self.run(pins=("gc",), silent=True)
+            of_gc = not self.differs("the same, garbage collected in every step", pinned, self.run(pins=("gc",)))
+            of_gc = of_gc or "the garbage collector" in self._reached
+            return CAUSES["gc" if of_gc else "saving"].seen_in(difference.part, difference.path)
         rest = {*self._plan.workers} - {self._plan.workers[0]}
         workers = max(rest, default=None)
         elsewhere = self.run(server=1, shift=SHIFT_SECONDS, workers=workers)
@@ -166,13 +172,18 @@ class Investigation:
         if reproduced is None:
             return self._with_stop(run, difference)
         cause = None if reproduced.restored else self._convict(reproduced, step)
+        if not reproduced.restored and (cause is None or not cause.sure):
+            kill = Kill("step", step + 1)
+            if self._kill("the same, garbage collected in every step", kill, step, pins=("gc",)) is None:
+                return CAUSES["gc"].seen_in(reproduced.part, _paths(reproduced))
         evaluated = any(event["evaluation"] for _, event in self._base.steps() if event["step"] <= step)
         if difference.part != "data order" and evaluated and (cause is None or cause.kind != "callback memory"):
             without = self._kill("the same without evaluation", Kill("step", step + 1), step, pins=("evaluation",))
             if without is None:
                 evaluation = CAUSES["evaluation"].seen_in(reproduced.part, _paths(reproduced))
                 return replace(evaluation, where=cause.where if cause else "")
-        return cause or of_part(reproduced)
+        guess = of_part(reproduced)
+        return cause or (guess if guess.sure else guess.reaching(self._reached))
 
     def _convict(self, difference: FirstDifference, step: int) -> Cause | None:
         """The cause by the memory with which a resumed process goes on like the undisturbed one; or else a guess."""
@@ -189,7 +200,7 @@ class Investigation:
         else:
             untried, cause = [path for path in unseen if path not in trial.tested][:3], of_part(difference)
             if not untried:
-                return cause
+                return None
             opaque = ", ".join(f"{path} ({unseen[path]})" for path in untried)
             cause = replace(cause, description=f"{cause.description}. Not looked into: {opaque}")
         return replace(cause, where=self._line_of((paths or untried)[0]))

@@ -4,7 +4,6 @@ A step is compared in the order in which it happens: its samples, their transfor
 loss, the gradients, then the state part by part. So the first difference is the nearest to its cause.
 """
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 from runner.config.identity import flatten
 from runner.verify.execution import Event, RunTrace
-from runner.verify.memory import PROCESS, TIED
+from runner.verify.memory import PROCESS
 
 # Fields of a record in the order of a step, and the parts they stand for.
 _PARTS = {
@@ -47,14 +46,6 @@ class FirstDifference:
     restored: bool = False
     remembered: tuple[Remembered, ...] = ()
     changing: tuple[Remembered, ...] = ()
-
-    def size(self) -> str:
-        """By how much numbers differ; empty for anything else."""
-        if not (isinstance(self.expected, float) and isinstance(self.actual, float)):
-            return ""
-        gap = abs(self.actual - self.expected)
-        relative = gap / abs(self.expected) if self.expected else math.inf
-        return f"a difference of {gap:.3g}, {relative:.2g} of the undisturbed value"
 
 
 def first_difference(run: RunTrace, undisturbed: RunTrace, *, until: int | None = None) -> FirstDifference | None:
@@ -109,9 +100,9 @@ def difference_of_results(run: RunTrace, undisturbed: RunTrace) -> FirstDifferen
 
 
 def lost_memory(run: RunTrace, undisturbed: RunTrace) -> tuple[Remembered, ...]:
-    """Memory that training changes and that a load lost, as (path, undisturbed, killed): one entry for a container;
-    of data sets, whose samples were compared, only numbers; without the internals of libraries, and of an iterable,
-    which is loaded with its first sample.
+    """Memory that training changes and that a load lost, as (path, undisturbed, killed), also of data workers: one
+    entry for a container; of data sets, whose samples were compared, only numbers; without the internals of libraries,
+    and of an iterable, which is loaded with its first sample.
     """
     steps, changing = undisturbed.by_step(), {path for path, _, _ in changes(undisturbed)}
     internals = [*(undisturbed.evidence or {}).get("private", ())]
@@ -122,10 +113,20 @@ def lost_memory(run: RunTrace, undisturbed: RunTrace) -> tuple[Remembered, ...]:
         for _, event in run.compared()
         if event["event"] == "resumed" and "memory" in event and event["step"] in steps
         for entry in unequal(steps[event["step"]]["memory"], event["memory"])
-        if entry[0] in changing and not entry[0].startswith((*internals,))
-        if not entry[0].startswith("data.") or _NUMBER.fullmatch(entry[1] or "")
+        if entry[0] in changing
     ]
-    return tuple({entry[0].partition("[")[0]: entry for entry in entries}.values())
+    entries += [(path, now, was) for event in worker_events(undisturbed, run) for path, was, now in event["changes"]]
+    lost = {
+        path.partition("[")[0]: (path, was, now)
+        for path, was, now in entries
+        if not path.startswith((*internals,)) and (not path.startswith("data.") or _NUMBER.fullmatch(was or ""))
+    }
+    return tuple(lost.values())
+
+
+def worker_events(*runs: RunTrace) -> list[Event]:
+    """The records of data workers that came to their ends."""
+    return [event for run in runs for attempt in run.attempts for event in attempt.select("worker")]
 
 
 def in_words(entries: Iterable[Remembered], change: str = " and is {} after loading") -> str:
@@ -167,27 +168,7 @@ def _prefixes(path: str) -> list[str]:
     return prefixes
 
 
-def structural_changes(run: RunTrace) -> list[tuple[int, str, str]]:
-    """Parameters, buffers and param groups that appear, vanish, change their shape or become one object while a run
-    trains, as (step, path, how).
-    """
-    entries: list[tuple[int, str, str]] = []
-    before: dict[str, str] = {}
-    for _, event in run.compared():
-        shapes = {path: words.partition(" ")[0] for path, words in event.get("state", {}).items() if _SHAPE.match(path)}
-        shapes |= {path: words for path, words in event.get("memory", {}).items() if path == _TIED}
-        for path, was, now in unequal(before, shapes) if before else ():
-            if was is None or now is None:
-                entries.append((event["step"], path, "came" if was is None else "went"))
-            elif "[" in was or path == _TIED:
-                entries.append((event["step"], path, f"changed from {was} to {now}"))
-        before = shapes
-    return entries
-
-
 _NUMBER = re.compile(r"-?[\d.e+-]+")
-_SHAPE = re.compile(r"model/|optimizer(\.\w+)?/param_groups/")
-_TIED = f"model{TIED}"
 
 
 def changes(run: RunTrace) -> tuple[Remembered, ...]:

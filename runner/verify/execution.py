@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from runner.verify.source import Lines
 _HASH_SEEDS = ("1", "2")
 _LONGEST_PATH = 70  # bytes of a temporary folder: a socket of multiprocessing below it needs 34 of at most 107
 _LAST_LINES = 12  # at the end of a log, for the verdict
-_SECOND = 15  # attempts seem to begin at this second of a minute, and short attempts end in the same minute
+_SECOND = 15  # attempts seem to begin at this second of an hour, and attempts of half an hour end in the same hour
 STOPS = ("stop", "evaluating")  # moments of SIGTERM; at all others the kill is SIGKILL
 
 
@@ -155,6 +155,8 @@ class OutOfTime(Exception):
 Event = dict[str, Any]
 
 _COMPARED = ("step", "resumed", "evaluated")
+_WITH_METRICS = ("metrics", "evaluation", "state", "others", "checkpoints", "lines", "result")
+_OF_METRICS = ("train/", "callback.")
 # Fields that differ between ranks, and the fields to merge them into: ``state`` must stay as in a checkpoint.
 _PER_RANK = {"batch": "batch", "generators": "generators", "gradients": "gradients", "state": "others"}
 
@@ -278,7 +280,8 @@ class Executor:
     ``requests`` collects the last request for each run. Each run has ``processes`` processes, and ``evaluations``
     steps at most between evaluations. ``limit`` is the most seconds of an attempt, and ``deadline`` the end of all, by
     ``time.monotonic``. ``imports`` are modules that all attempts need. All attempts begin at the same time of the
-    user's ``clock`` (seconds since the epoch), so that a minute that passes between them makes no difference.
+    user's ``clock`` (seconds since the epoch), so that an hour that passes between them makes no difference.
+    ``ignored`` are names of metrics that are left out of all records.
     """
 
     command: tuple[str, ...]
@@ -286,12 +289,13 @@ class Executor:
     root: str
     servers: Servers
     requests: dict[str, AttemptRequest]
-    evaluations: int
     processes: int
+    evaluations: int | None = None
     limit: float = math.inf
     deadline: float = math.inf
     imports: tuple[str, ...] = ()
-    clock: int = field(default_factory=lambda: int(time.time()) // 60 * 60 + _SECOND)
+    ignored: set[str] = field(default_factory=set)
+    clock: int = field(default_factory=lambda: int(time.time()) // 3600 * 3600 + _SECOND)
 
     def seconds_left(self) -> float:
         """The seconds until the deadline."""
@@ -326,8 +330,14 @@ class Executor:
         began = time.monotonic()
         status = self.servers[server](request)
         trace = AttemptTrace(request, status, workers, _events(request), time.monotonic() - began)
-        run.attempts.append(trace)
-        return trace
+        run.attempts.append(_without(trace, self.ignored) if self.ignored else trace)
+        return run.attempts[-1]
+
+    def ignore(self, metric: str, *runs: RunTrace) -> None:
+        """Leave a metric out of these runs, and of later ones."""
+        self.ignored.add(metric)
+        for run in runs:
+            run.attempts[:] = [_without(attempt, self.ignored) for attempt in run.attempts]
 
     def remove_files(self, *runs: RunTrace) -> None:
         """Remove copies of memory, and run directories on a disk, of runs that are compared already."""
@@ -337,6 +347,22 @@ class Executor:
             if not is_remote(self.root):
                 for folder in [*Path(local_root(self.root)).rglob(run.name)]:
                     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _without(attempt: AttemptTrace, metrics: set[str]) -> AttemptTrace:
+    """An attempt without metrics of these names, also in metric lines and in the windows of callbacks."""
+    inner = tuple(f"/{name}" for name in metrics)
+
+    def names(key: str) -> bool:
+        return key in metrics or (key.startswith(_OF_METRICS) and key.endswith(inner))
+
+    def rest(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: rest(each) for key, each in value.items() if not names(key)}
+        return [*map(rest, value)] if isinstance(value, list) else value
+
+    events = ({k: rest(v) if k in _WITH_METRICS else v for k, v in event.items()} for event in attempt.events)
+    return replace(attempt, events=tuple(events))
 
 
 def _events(request: AttemptRequest) -> tuple[Event, ...]:

@@ -10,6 +10,7 @@ import logging
 import marshal
 import random
 import re
+import types
 import warnings
 import weakref
 from array import array
@@ -21,21 +22,6 @@ from functools import partial
 from mmap import mmap
 from pathlib import PurePath
 from threading import Condition, Event, Lock, RLock, Thread, local
-from types import (
-    BuiltinFunctionType,
-    ClassMethodDescriptorType,
-    CodeType,
-    FrameType,
-    FunctionType,
-    GeneratorType,
-    GenericAlias,
-    MethodDescriptorType,
-    MethodType,
-    MethodWrapperType,
-    ModuleType,
-    SimpleNamespace,
-    TracebackType,
-)
 from typing import Any
 
 import numpy as np
@@ -101,9 +87,8 @@ IN_STATE = " in state "  # stands in the description of every generator of rando
 UNSEEN = "cannot be looked into"
 names_of_runs: list[str] = []  # folders that are named after this process's run; texts in memory may have them
 
-_LOOKS_BACK = (MethodType, BuiltinFunctionType, MethodWrapperType, GeneratorType, ContextVar, weakref.ref)
-_NO_VALUE = (ModuleType, CodeType, FrameType, TracebackType, logging.Logger)
-_CONSTANT = (torch.dtype, torch.device, torch.layout, re.Pattern, slice, range, type(Ellipsis), GenericAlias, Thread)
+_NO_VALUE = (types.ModuleType, types.CodeType, types.FrameType, types.TracebackType, logging.Logger)
+_CONSTANT = (torch.dtype, torch.device, torch.layout, re.Pattern, slice, range, type(...), types.GenericAlias, Thread)
 _LOCKS = (type(Lock()), type(RLock()), Condition, Event)
 _BYTES = (bytearray, array, mmap, ctypes._SimpleCData, ctypes.Structure, ctypes.Array)
 # Objects of the runner that a callback may hold, whose memory is the state or none.
@@ -162,9 +147,9 @@ def _code(value: Any) -> str | None:
         return describe(value.__func__)
     if is_a(value, property):
         return describe(value.fget)
-    if type(value) is FunctionType:
+    if type(value) is types.FunctionType:
         return f"the function {value.__qualname__} of line {value.__code__.co_firstlineno}"
-    if type(value) is BuiltinFunctionType and is_a(value.__self__, ModuleType, type, type(None)):
+    if type(value) is types.BuiltinFunctionType and is_a(value.__self__, types.ModuleType, type, type(None)):
         return f"the function {value.__qualname__}"
     return None
 
@@ -189,7 +174,7 @@ def _opaque(value: Any) -> str | None:
         content = io.BytesIO.getvalue(value) if is_a(value, io.BytesIO) else io.StringIO.getvalue(value).encode()
         return f"a {type_name(kind)} at {value.tell()} {short_digest(content)}"
     if module_name(kind) in ("itertools", "builtins", "collections") and "__next__" in vars(kind):
-        return None if kind is GeneratorType else _iterator(value)
+        return None if kind is types.GeneratorType else _iterator(value)
     return f"{UNSEEN} ({module_name(kind)}.{type_name(kind)})" if is_opaque(kind) else None
 
 
@@ -201,7 +186,7 @@ def _iterator(value: Any) -> str:
         while waiting:
             inner = waiting.pop()
             visited[id(inner)] = inner
-            if "__next__" in vars(type(inner)) and type(inner) is not GeneratorType:
+            if "__next__" in vars(type(inner)) and type(inner) is not types.GeneratorType:
                 kind: Any = type(inner)
                 parts = kind.__reduce__(inner)
             else:
@@ -212,14 +197,16 @@ def _iterator(value: Any) -> str:
 
 
 _OPAQUE: dict[int, tuple[type, bool]] = {}
-_ENTERED = (dict, list, tuple, deque, BaseException, partial, nn.Module, local, SimpleNamespace)
+_ENTERED: tuple[type, ...] = (dict, list, tuple, deque, BaseException, partial, nn.Module, local, types.SimpleNamespace)
+_ENTERED += (types.MethodType, types.BuiltinFunctionType, types.MethodWrapperType)
+_ENTERED += (types.GeneratorType, ContextVar, weakref.ref)
 
 
 def is_opaque(kind: type) -> bool:
     """Whether objects of a class may hold values that no attribute shows: it or a base has methods in C."""
     if id(kind) not in _OPAQUE:
-        methods = (MethodDescriptorType, ClassMethodDescriptorType)
-        bases = [] if issubclass(kind, (*_ENTERED, *_LOOKS_BACK)) else type.__dict__["__mro__"].__get__(kind)[:-1]
+        methods = (types.MethodDescriptorType, types.ClassMethodDescriptorType)
+        bases = [] if issubclass(kind, _ENTERED) else type.__dict__["__mro__"].__get__(kind)[:-1]
         in_c = any(type(each) in methods for base in bases for each in type.__dict__["__dict__"].__get__(base).values())
         _OPAQUE[id(kind)] = kind, in_c
     return _OPAQUE[id(kind)][1]

@@ -6,6 +6,7 @@ are not the user's.
 """
 
 import sys
+import types
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
@@ -15,16 +16,6 @@ from enum import EnumMeta
 from functools import partial
 from inspect import getgeneratorlocals
 from threading import local
-from types import (
-    BuiltinFunctionType,
-    FunctionType,
-    GeneratorType,
-    GetSetDescriptorType,
-    MemberDescriptorType,
-    MethodDescriptorType,
-    MethodType,
-    ModuleType,
-)
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,13 +44,13 @@ _FEW = 16  # items of a container that is entered item by item; larger container
 _BUDGET = 300_000  # values that are looked at in one moment
 _MANY = 10_000  # values of one container that are looked at, from its end
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
-_DESCRIPTORS = (GetSetDescriptorType, MemberDescriptorType)
+_DESCRIPTORS = (types.GetSetDescriptorType, types.MemberDescriptorType)
 _CLASS_DICT: Any = type.__dict__["__dict__"].__get__
 _OPTIM = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
 _FIRST = ("model", "optimizer", "scheduler")  # visited first, and therefore skipped where other objects hold them
 # Attributes of torch's optimizers and schedulers that are in every state_dict, or have no effect.
 _SKIPPED = {"state", "param_groups", "defaults", "optimizer", "step", "_opt_called", "_get_lr_called_within_step"}
-_PATCHED = ("torch", "torch.nn.functional", "torch.nn.init", "numpy", "numpy.random", "random", "math", "time")
+_PATCHED = ("torch", "torch.nn.functional", "torch.nn.modules.module", "numpy", "numpy.random", "random", "sys", "time")
 
 
 class Value(NamedTuple):
@@ -177,7 +168,7 @@ class _Walk:
             if name in sys.modules:
                 self._exchanged(sys.modules[name], vars(sys.modules[name]), name, "")
 
-    def _namespace(self, root: str, module: ModuleType) -> None:
+    def _namespace(self, root: str, module: types.ModuleType) -> None:
         holder = f"{root} ({module.__name__})"
         self._add(holder, module, None, "", "module", module.__name__)
         for key, value in [*vars(module).items()]:
@@ -202,9 +193,12 @@ class _Walk:
             return
         self._visited[id(holder)] = holder
         for key, value in [*values.items()]:
-            if type(value) is FunctionType and is_users(value.__globals__.get("__name__")):
+            of_user = type(value) is types.FunctionType and is_users(value.__globals__.get("__name__"))
+            if of_user or (type(value) in (int, float, torch.Tensor) and not key.startswith("_")):
                 path = ".".join(filter(None, (module, name, key)))
                 self._add(f"{PROCESS}{path}", value, describe(value), "", "exchanged", (module, name, key))
+            elif key.endswith(HOOKS[:-1]) and is_a(value, dict):
+                self._enter("task", Value(f"{PROCESS}{module}.{key}", value), "")
 
     def _enter(self, root: str, first: Value, holder: str) -> None:
         stack = [(first.path, first, holder, 0)]
@@ -232,12 +226,17 @@ class _Walk:
             return self._digested(root, value), []
         self._visited[id(value)] = value
         self._kinds.setdefault(id(type(value)), (root, type(value)))
-        return words, self._inside(path, value)
+        kind = (
+            [Value(" (its class)", type(value))] if is_a(value, nn.Module) or is_users(module_name(type(value))) else []
+        )
+        return words, [*kind, *self._inside(path, value)]
 
     def _inside(self, path: str, value: Any) -> list[Value]:
         if is_a(value, nn.Module):
             return [*self._in_module(value)]
         inside = [*_inside(value)]
+        if is_a(value, nn.Parameter) and not path.startswith("model"):  # which has GRADIENTS
+            inside.append(Value(".grad", value.grad, "gradient"))
         if path in self._own_names and is_a(value, *_OPTIM):
             return [each for each in inside if each.key not in _SKIPPED]
         return inside
@@ -318,17 +317,21 @@ def _saved_parameters(model: Any, state: Any) -> set[int] | None:
 
 def _has_more(value: Any, words: str) -> bool:
     """Whether a value that has words may have attributes or variables, too."""
-    if type(value) is FunctionType:
+    if type(value) is types.FunctionType:
         return is_users(value.__globals__.get("__name__"))
-    bound = type(value) is BuiltinFunctionType and not is_a(value.__self__, ModuleType, type, type(None))
-    return bound or is_a(value, MethodType, torch.Tensor) or (words.startswith(UNSEEN) and bool(dict_of(value)))
+    bound = type(value) is types.BuiltinFunctionType and not is_a(value.__self__, types.ModuleType, type, type(None))
+    return bound or is_a(value, types.MethodType, torch.Tensor) or (words.startswith(UNSEEN) and bool(dict_of(value)))
 
 
 def _inside(value: Any) -> Iterator[Value]:
     """The values inside a value, with their relative paths."""
     if is_a(value, dict):
+        keys = []
         for number, (key, inner) in enumerate(items(value)[-_MANY:]):
-            yield Value(f"[{_key(key, number)}]", inner, "item", key)
+            keys.append(_key(key, number))
+            yield Value(f"[{keys[-1]}]", inner, "item", key)
+        if len(keys) > 1:
+            yield Value(" (its order)", ", ".join(keys))
     elif is_a(value, list, tuple, deque):
         content = [*fingerprint.base_of(value, list, tuple, deque).__iter__(value)][-_MANY:]
         yield from (Value(f"[{number}]", inner, "item", number) for number, inner in enumerate(content))
@@ -344,19 +347,19 @@ def _inside(value: Any) -> Iterator[Value]:
         yield from (Value(f"._backward_hooks[{number}]", hook, "hook", number) for number, hook in enumerate(hooks))
     else:
         yield from _inside_code(value)
-    if type(value) is not FunctionType and not is_a(value, partial):
+    if type(value) is not types.FunctionType and not is_a(value, partial):
         yield from (Value(f".{key}", inner, "attribute", key) for key, inner in attributes(value).items())
 
 
 def _inside_code(value: Any) -> Iterator[Value]:
     """The values that functions, generators and references keep."""
-    if type(value) is FunctionType:
+    if type(value) is types.FunctionType:
         yield from variables(value)
-    elif type(value) is GeneratorType:
+    elif type(value) is types.GeneratorType:
         frame = value.gi_frame
         yield Value(" (its position)", frame and frame.f_lasti, "", None)
         yield from (Value(f" (its {key})", inner, "", key) for key, inner in getgeneratorlocals(value).items())
-    elif is_a(value, MethodType, BuiltinFunctionType):
+    elif is_a(value, types.MethodType, types.BuiltinFunctionType):
         yield Value(".__self__", value.__self__, "", "__self__")
     elif type(value) is ContextVar:
         yield Value(" (its value)", value.get(None), "context", None)
@@ -399,7 +402,7 @@ def layout(kind: type) -> tuple[list[tuple[str, Any]], Any]:
     """The slots of a class, and the descriptor of ``__dict__``."""
     if id(kind) not in _LAYOUTS:
         members = [member for base in mro(kind) for member in class_dict(base).items()]
-        slots = [(n, slot) for n, slot in members if type(slot) is MemberDescriptorType and not n.startswith("__")]
+        slots = [(n, slot) for n, slot in members if type(slot) is _DESCRIPTORS[1] and not n.startswith("__")]
         dicts = [slot for name, slot in members if name == "__dict__" and is_a(slot, *_DESCRIPTORS)]
         _LAYOUTS[id(kind)] = kind, slots, dicts[0] if dicts else None
     return _LAYOUTS[id(kind)][1:]
@@ -442,22 +445,22 @@ def _is_value(key: str, value: Any) -> bool:
         value = value.__func__
     elif type(value) is property:
         value = value.fget
-    if type(value) is FunctionType:
+    if type(value) is types.FunctionType:
         state = value.__closure__ or value.__defaults__ or value.__kwdefaults__ or vars(value)
         return value.__code__.co_name != key or (bool(state) and is_users(value.__globals__.get("__name__")))
-    no_value = (ModuleType, type, BuiltinFunctionType, MemberDescriptorType, GetSetDescriptorType, MethodDescriptorType)
+    no_value = (types.ModuleType, type, types.BuiltinFunctionType, *_DESCRIPTORS, types.MethodDescriptorType)
     return value is not None and not key.startswith(("__", "_abc_")) and not is_a(value, *no_value)
 
 
-def _modules(name: str) -> list[ModuleType]:
+def _modules(name: str) -> list[types.ModuleType]:
     """A module, and the user's modules that it imports, or imports functions, classes or objects from."""
     modules = {name: sys.modules[name]} if name in sys.modules else {}
     waiting = [*modules]
     while waiting:
         for value in [*vars(modules[waiting.pop()]).values()]:
-            if type(value) is ModuleType:
+            if type(value) is types.ModuleType:
                 home = value.__name__
-            elif type(value) is FunctionType:
+            elif type(value) is types.FunctionType:
                 home = value.__globals__.get("__name__") or ""
             else:
                 home = module_name(value if is_a(value, type) else type(value))
@@ -472,5 +475,5 @@ def is_users(name: Any) -> bool:
     if type(name) is not str or name.partition(".")[0] in ("runner", "torch", "numpy"):
         return False
     module = sys.modules.get(name)  # anything: libraries in C put objects of their own there
-    file = dict_of(module).get("__file__") if is_a(module, ModuleType) else None
+    file = dict_of(module).get("__file__") if is_a(module, types.ModuleType) else None
     return type(file) is str and not is_installed(file)

@@ -39,6 +39,7 @@ class Options:
     root: str | None = None
     html: str | None = None
     seed: int = 0
+    ignore: tuple[str, ...] = ()
     keep: bool = False
 
 
@@ -121,5 +122,6 @@ _VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
     "root": (lambda value: isinstance(value, str), "verify.root=s3://bucket/scratch, or a folder"),
     "html": (lambda value: isinstance(value, str), "verify.html=report.html"),
     "seed": (_at_least(0), "verify.seed=1 (at least 0)"),
+    "ignore": (_all(lambda name: isinstance(name, str)), "verify.ignore=[gpu_memory] (names of metrics)"),
     "keep": (lambda value: isinstance(value, bool), "verify.keep=true, which leaves the scratch runs where they are"),
 }

@@ -17,19 +17,11 @@ from typing import Any
 
 from runner.errors import ConfigError, StorageError, printable
 from runner.storage.location import is_remote, local_root
-from runner.verify.campaign import KillPlan, Progress, evaluation_interval, plan_kills, run_killed, run_undisturbed
-from runner.verify.causes import CAUSES, Cause, of_error, of_part, of_structure
+from runner.verify import difference as differences
+from runner.verify.campaign import KillPlan, Progress, plan_kills, run_killed, run_undisturbed
+from runner.verify.causes import CAUSES, Cause, of_error, of_part
 from runner.verify.diagnosis import Investigation
-from runner.verify.difference import (
-    FirstDifference,
-    changes,
-    difference_of_results,
-    first_difference,
-    in_words,
-    lost_memory,
-    structural_changes,
-    unequal,
-)
+from runner.verify.difference import FirstDifference
 from runner.verify.execution import (
     AttemptFailure,
     AttemptRequest,
@@ -40,8 +32,9 @@ from runner.verify.execution import (
     Servers,
     fork_servers,
 )
+from runner.verify.fingerprint import UNSEEN
 from runner.verify.options import Options
-from runner.verify.source import UNTRIED, line_of
+from runner.verify.source import line_of, untried
 
 LEAST_SECONDS = 60.0  # no attempt counts as hanging earlier
 TIMES = 10.0  # an attempt counts as hanging if it takes so many times as long as the undisturbed run
@@ -145,7 +138,6 @@ class Verdict:
             lines.append(f"step     {difference.step}, {when}; attempt {difference.attempt + 1}")
             lines.append(f"part     {difference.part}: {difference.path}")
             lines.append(f"differs  {_short(difference.expected)} undisturbed, {_short(difference.actual)} killed")
-            lines += [f"         {size}" for size in [difference.size()] if size]
         if self.refusal:
             lines.append(_indented("error    ", self.refusal))
         lines += [f"audit    {problem}" for problem in self.audit[:5]]
@@ -180,16 +172,15 @@ def prove(command: Sequence[str], options: Options, *, progress: Progress, serve
     root = str(scratch / "runs")
     if options.root is not None:
         root = f"{options.root.rstrip('/')}/verify-{secrets.token_hex(4)}"
-    new_folders = [] if options.root is None or is_remote(root) else _missing_folders(Path(local_root(options.root)))
+    parents = [] if options.root is None or is_remote(root) else [*Path(local_root(root)).parents]
+    new_folders = [folder for folder in parents if not folder.exists()]  # the innermost first
     deadline = math.inf if options.minutes is None else began + 60 * options.minutes
     requests: dict[str, AttemptRequest] = {}
     keep = False
     try:
         with nullcontext(servers) if servers else fork_servers() as both:
-            interval = evaluation_interval(options)
-            executor = Executor(
-                tuple(command), scratch, root, both, requests, interval, options.processes, deadline=deadline
-            )
+            executor = Executor(tuple(command), scratch, root, both, requests, options.processes, deadline=deadline)
+            executor.ignored |= {*options.ignore}
             verdict = replace(_judge(executor, options, progress), seconds=time.monotonic() - began)
         keep = options.keep or not verdict.holds
         folders = str(scratch) if options.root is None else f"{scratch} and {root}"
@@ -214,11 +205,6 @@ def _remove(root: str, requests: Collection[AttemptRequest], servers: Servers | 
         with nullcontext(servers) if servers else fork_servers() as (server, _):
             for request in requests:
                 server(replace(request, removes=True, kill=None, pins=(), processes=1))
-
-
-def _missing_folders(folder: Path) -> list[Path]:
-    """The folders of a path that do not exist, the innermost first."""
-    return [each for each in (folder, *folder.parents) if not each.exists()]
 
 
 def _judge(executor: Executor, options: Options, progress: Progress) -> Verdict:
@@ -246,7 +232,7 @@ def _judge(executor: Executor, options: Options, progress: Progress) -> Verdict:
         return replace(verdict, refusal=refusal, cause=CAUSES["incomplete"])
     verdict = _compare(executor, kills, base, run, progress)
     unproven = _unproven(base, run) if verdict.holds else ()
-    return replace(verdict, notes=[*verdict.notes, *_notes(kills, base, run), *cut, *unproven])
+    return replace(verdict, notes=[*verdict.notes, *_notes(kills, base, run, options.ignore), *cut, *unproven])
 
 
 def _killed(
@@ -276,26 +262,27 @@ def _require_room(root: str, size: int) -> None:
 
 
 def _compare(executor: Executor, kills: KillPlan, base: RunTrace, run: RunTrace, progress: Progress) -> Verdict:
-    difference = first_difference(run, base) or difference_of_results(run, base)
-    failure = run.failure
+    failure, notes = run.failure, list[str]()
     audits = {each.name: each.evidence["audit"]["problems"] for each in (base, run) if each.evidence}
     audit = [f"{name}: {problem}" for name, problems in audits.items() for problem in problems]
-    verdict = Verdict(executor.command, base, run, difference=difference, audit=audit)
-    if failure:
-        verdict = replace(verdict, refusal=failure.message)
-    if difference is not None:
+    verdict = Verdict(executor.command, base, run, audit=audit, refusal=failure.message if failure else "", notes=notes)
+    while difference := differences.first_difference(run, base) or differences.difference_of_results(run, base):
         progress(f"differs at step {difference.step}: {difference.part} ({difference.path}); looking for the cause")
         investigation = Investigation(executor, kills, base, progress)
         try:
-            return replace(verdict, cause=investigation.diagnose(run, difference), tried=investigation.tried)
+            cause = investigation.diagnose(run, difference)
         except OutOfTime:
-            cut = "the search for the cause was cut short by verify.minutes"
-            return replace(verdict, cause=replace(of_part(difference), sure=False), notes=[cut])
+            notes.append("the search for the cause was cut short by verify.minutes")
+            return replace(verdict, difference=difference, cause=replace(of_part(difference), sure=False))
+        if difference.part not in ("metrics", "evaluation") or cause.kind != "time":
+            return replace(verdict, difference=difference, cause=cause, tried=investigation.tried)
+        notes.append(f"not compared: the metric {difference.path}, which depends on the clock ({cause.where})")
+        executor.ignore(difference.path, base, run)
     if failure:
-        of_data = [entry for entry in changes(base) if entry[0].startswith("data.")]
-        changed = _changes_while_probed(run) or in_words(of_data, ", then {}")
+        of_data = [entry for entry in differences.changes(base) if entry[0].startswith("data.")]
+        changed = _changes_while_probed(run) or differences.in_words(of_data, ", then {}")
         if failure.kind == "rollouts-changed":
-            changed = in_words(lost_memory(run, base))
+            changed = differences.in_words(differences.lost_memory(run, base))
         return replace(verdict, cause=_of_failure(failure, base, changed))
     refusal = _incomplete(base, run)
     return replace(verdict, refusal=refusal, cause=CAUSES["incomplete"]) if refusal else verdict
@@ -304,13 +291,11 @@ def _compare(executor: Executor, kills: KillPlan, base: RunTrace, run: RunTrace,
 def _of_failure(failure: AttemptFailure, base: RunTrace, changed: str) -> Cause:
     """The cause of an error. ``changed``: memory of the data set that changes, in words."""
     sources = base.sources
-    structure = structural_changes(base) if failure.kind in ("restore", "structure") else []
-    if structure:
-        path = structure[0][1]
-        names = re.findall(r"\w+", path.partition(" ")[0])[-2:0:-1]
-        names = ["add_param_group"] if path.startswith("optimizer") else names
-        return replace(of_structure(structure), where=line_of(names, sources.get("task") or sources.get("model") or []))
     where = failure.where
+    if failure.kind == "structure":
+        path = re.search(r"model/([\w.]+)", failure.message)
+        names = re.findall(r"\w+", path[1])[::-1] if path else ["add_param_group"]
+        where = line_of(names[1:] or names, sources.get("task") or sources.get("model") or [])
     if changed and not where:
         where = line_of(re.findall(r"\w+", changed.partition(" was ")[0])[::-1], sources.get("data.train", []))
     return replace(of_error(failure.kind, changed), where=where)
@@ -346,20 +331,29 @@ def _changes_while_probed(run: RunTrace) -> str:
     last = run.attempts[-1]
     before = {path: value for event in last.select("instances") for path, value in event["memory"].items()}
     after = {path: value for event in last.select("refused") for path, value in event["memory"].items()}
-    return in_words(unequal(before, {path: after.get(path, value) for path, value in before.items()}), ", then {}")
+    return differences.in_words(
+        differences.unequal(before, {path: after.get(path, value) for path, value in before.items()}), ", then {}"
+    )
 
 
 def _unproven(base: RunTrace, run: RunTrace) -> Iterator[str]:
     """Notes on memory and inputs that had no effect within the steps of a proof that holds."""
-    if lost := in_words(lost_memory(run, base)):
+    if lost := differences.in_words(differences.lost_memory(run, base)):
         yield f"not proven: not in the state, and without effect within these steps: {lost}"
-    reached = (base.evidence or {})["reached"]
-    if untried := [f"{what} ({where})" for what, where in reached.items() if what.startswith(UNTRIED)]:
-        yield f"not proven, because neither time nor machine were others: what depends on {' and '.join(untried)}"
+    last, internals = base.by_step()[base.attempts[0].last]["memory"], (*(base.evidence or {})["private"],)
+    unseen = [f"{path} ({words})" for path, words in last.items() if UNSEEN in words and not path.startswith(internals)]
+    if unseen:
+        yield f"not proven: what {', '.join(unseen[:3])} remembers"
+    reached, workers = (base.evidence or {})["reached"], differences.worker_events(base, run)
+    if not workers and any(attempt.workers for attempt in [*base.attempts, *run.attempts]):
+        yield "not proven: what data workers alone remember, of which none came to its end by itself; more verify.kills"
+    if same := untried(reached | {key: line for event in workers for key, line in event["reached"].items()}):
+        yield f"not proven: what depends on {' and '.join(same)}, of which another start may read another value"
 
 
-def _notes(kills: KillPlan, base: RunTrace, run: RunTrace) -> list[str]:
-    notes, built = [], base.attempts[0].select("built")[0]
+def _notes(kills: KillPlan, base: RunTrace, run: RunTrace, ignored: Sequence[str]) -> list[str]:
+    notes = [f"not compared: the metrics {', '.join(ignored)} of verify.ignore"] if ignored else []
+    built = base.attempts[0].select("built")[0]
     if (epoch := built["epoch"]) is None:
         notes.append("the data is an iterable, which is resumed with the same number of workers only")
     elif kills.steps <= epoch:

@@ -8,7 +8,9 @@ after the restore, at the latest when step ``after`` ends). Moments of SIGTERM, 
 ``stop`` (in a step) and ``evaluating`` (in an evaluation, once a batch of it was computed).
 """
 
+import gc
 import json
+import multiprocessing.util
 import os
 import signal
 import sys
@@ -34,6 +36,7 @@ from runner.runs.audit import audit
 from runner.state import TrainState
 from runner.storage.location import Buffer, Location
 from runner.verify import controls, source, suspects
+from runner.verify.difference import unequal
 from runner.verify.execution import STOPS, AttemptRequest, Kill
 from runner.verify.fingerprint import fingerprint, names_of_runs, of_value
 from runner.verify.memory import memory, private
@@ -78,6 +81,7 @@ class Recorder(Observer):
         self._outside = source.OutsideAccess()
         self._modules = {*sys.modules}
         self._since = time.monotonic()
+        multiprocessing.util.register_after_fork(self, Recorder._watch_worker)
 
     def write(self, event: str, **facts: Any) -> None:
         """Write a line; the system has it when this returns."""
@@ -159,6 +163,8 @@ class Recorder(Observer):
 
     def on_step_start(self, loop: Loop) -> None:
         controls.advance()
+        if "gc" in self._request.pins:
+            gc.collect()
         self._line = {"generators": fingerprint({"generators": Generators().state_dict()})}
         self._since = time.monotonic()
 
@@ -175,6 +181,7 @@ class Recorder(Observer):
         self._line["gradients"] = {name: of_value(gradient) for name, gradient in gradients.items()}
 
     def on_update(self, loop: Loop) -> None:
+        loop.elapsed += controls.step_seconds
         self._line |= {
             "step": loop.step,
             "took": time.monotonic() - self._since,
@@ -210,6 +217,16 @@ class Recorder(Observer):
             libraries = [name for name in sys.modules if name not in self._modules and _is_library(name)]
             facts = {"private": private(self._objects), "reached": self._outside.lasting(), "callers": controls.callers}
             self.write("finished", **collect(directory), **facts, modules=libraries)
+
+    def _watch_worker(self) -> None:
+        """In a data worker: record its memory when it ends, which is in no other process."""
+        data = {key: value for key, value in self._objects.items() if key.startswith("data.")}
+        before = memory(data)
+
+        def write() -> None:
+            self.write("worker", changes=[*unequal(before, memory(data))], reached=self._outside.reached)
+
+        multiprocessing.util.Finalize(None, write, exitpriority=0)
 
     def _fingerprints(self, state: TrainState) -> dict[str, Any]:
         return self._digests(None if self._request.silent else state.state_dict())

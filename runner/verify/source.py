@@ -4,14 +4,17 @@ Files that outlive a run, other processes, sockets and listings of folders are n
 sees them in the undisturbed run, and notes the line of the user's that asked.
 """
 
+import ctypes
 import functools
+import gc
 import inspect
+import linecache
 import os
+import pkgutil
 import re
 import sys
-import threading
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePath
 from types import FrameType
@@ -26,12 +29,42 @@ Lines = tuple[str, int, int]  # file, first and last line of a class or a functi
 _ASSIGNED = r"(?:\[[^]]*\]|\.\w+)*(?:\.(?!get\()\w+\(|\s*(?::[^=]+)?(?:\*\*|//|>>|<<|[-+*/%@&|^])?=(?!=))"
 _WHOLE = 10**6  # lines of a file
 _MAKING = ("__init__", "state_dict", "load_state_dict", "get_extra_state", "set_extra_state")
-_STORES = {"open": "the file", "os.listdir": "the folder", "os.scandir": "the folder", "glob.glob": "the listing"}
-_OTHERS = {"subprocess.Popen": "the process", "os.system": "the process", "socket.connect": "the address"}
-UNTRIED = ("the host name", "a timer with an interval of")  # no proof of a minute on one machine can change them
-_EVENTS = {"socket.gethostname": UNTRIED[0], "timer": UNTRIED[1], "sqlite3.connect": "the database"}
-_EVENTS |= _STORES | _OTHERS
-_EVENTS |= {"os.remove": "the file", "os.rename": "the file"}
+_FOLDER = "the order of the folder"
+_EVENTS = {"asked": "", "open": "the file", "os.remove": "the file", "os.rename": "the file"}
+_EVENTS |= {"os.listdir": _FOLDER, "os.scandir": _FOLDER, "glob.glob": _FOLDER, "sqlite3.connect": "the database"}
+_EVENTS |= {
+    "subprocess.Popen": "the process",
+    "os.system": "the process",
+    "socket.connect": "the address",
+    "os.fork": "a process",
+}
+# What the user's code asks by calls of functions of which no audit event tells.
+_ASKED = {
+    "the host name": ("socket.gethostname", "os.uname", "platform.node"),
+    "uuid1, the time and the address of the machine": ("uuid.uuid1", "uuid.getnode"),
+    "the pid": ("os.getpid", "os.getppid", "threading.get_native_id"),
+    "the time and memory of the process": ("os.times", "resource.getrusage"),
+    "the processors": ("os.cpu_count", "os.sched_getaffinity", "os.getloadavg"),
+    "the free space of a disk": ("os.statvfs", "shutil.disk_usage"),
+    "the garbage collector": ("gc.get_objects", "gc.get_count"),
+    "a timer": ("threading.Timer.start",),
+}
+_TIMES = "the times of a file", [f"st_{letter}time{unit}" for letter in "amc" for unit in ("", "_ns")]
+_VARIABLES = re.compile("SLURM_(?!RESTART)|PBS|LSB_|SGE_|SSH_|JOB|HOST|NODE")  # others belong to the command
+# What no proof of a minute on one machine can change.
+_UNTRIED = (
+    *_ASKED,
+    _TIMES[0],
+    "the environment variable",
+    "the file /proc/",
+    "the file /sys/",
+    "the state in the file",
+)
+_UNTRIED += ("the process", "a process", "the address", "the database")
+_PATHS = ("", "os", "posixpath", "genericpath", "pathlib", "glob", "fnmatch", "platform", "uuid", "collections")
+_DIRECT = ("asked", "os.listdir", "os.scandir", "glob.glob")
+_VOLATILE = ("/proc/", "/sys/", "/dev/")
+_IN_ANY_ORDER = re.compile(r"sort|\b(?:len|set|any|all)\(")
 
 
 def sources(value: Any) -> list[Lines]:
@@ -140,21 +173,39 @@ class OutsideAccess:
     def __init__(self) -> None:
         self.reached: dict[str, str] = {}
         self._busy = False
+        self._read: set[str] = set()
         sys.addaudithook(self._hook)
-        threading.Timer.start = _start  # type: ignore[assignment, method-assign]
+        for words, names in _ASKED.items():
+            for owner, _, name in (name.rpartition(".") for name in names):
+                with suppress(ImportError, AttributeError):  # not every system has it
+                    thing = pkgutil.resolve_name(owner)
+                    setattr(thing, name, _noting(getattr(thing, name), words))
+        read = type(os.environ).__getitem__
+
+        def getitem(variables: Any, name: Any) -> Any:
+            if _VARIABLES.search(str(name)):
+                sys.audit("asked", f"the environment variable {name}")
+            return read(variables, name)
+
+        type(os.environ).__getitem__ = getitem  # type: ignore[method-assign]
+        # In the type itself, which refuses ``setattr``, as it does in ``controls``.
+        attributes = gc.get_referents(os.stat_result.__dict__)[0]
+        attributes |= {name: property(_noting(attributes[name].__get__, _TIMES[0])) for name in _TIMES[1]}
+        ctypes.pythonapi.PyType_Modified(ctypes.py_object(os.stat_result))
 
     def lasting(self) -> dict[str, str]:
-        """The same with files that are open to be written, and last the files that are gone: these do not outlive the
-        process.
+        """The same with files that are open to be written. First come files that are written and read, whose state
+        outlives the process; last the files that are gone, which do not.
         """
         for file in _written() if _OPEN.exists() else ():  # libraries in C open files without the hook
             self.reached.setdefault(f"the file {file}", "open")
+        written = [(key, where) for key, where in self.reached.items() if key in self._read and os.path.exists(key[9:])]
 
         def gone(item: tuple[str, str]) -> bool:
             kind, _, file = item[0].partition("the file ")
             return not kind and not os.path.exists(file)
 
-        return dict(sorted(self.reached.items(), key=gone))
+        return {f"the state in {key}": where for key, where in written} | dict(sorted(self.reached.items(), key=gone))
 
     def close(self) -> None:
         """Note no more; python cannot remove an audit hook."""
@@ -164,25 +215,50 @@ class OutsideAccess:
         if event not in _EVENTS or self._busy:
             return
         self._busy = True
+        if event == "open" and {*str(arguments[1])} & {*"r+"} and not str(arguments[0]).startswith(_VOLATILE):
+            self._read.add(f"the file {arguments[0]}")
         try:
-            access = _describe(event, arguments)
-            where = access and of_stack(sys._getframe(1))
+            access, frame = _describe(event, arguments), sys._getframe(1)
+            where = access and (event not in _DIRECT or _is_direct(frame)) and of_stack(frame)
             if where:
                 self.reached.setdefault(access, where)
         finally:
             self._busy = False
 
 
-def _start(timer: threading.Timer) -> None:
-    sys.audit("timer", timer.interval)
-    threading.Thread.start(timer)
+def _is_direct(frame: FrameType | None) -> bool:
+    """Whether the user's code asks, itself or by a function of paths, and not a library for it."""
+    while frame is not None and frame.f_globals.get("__name__", "").removeprefix(__name__).partition(".")[0] in _PATHS:
+        frame = frame.f_back
+    return frame is not None and is_users(frame.f_globals.get("__name__"))
+
+
+def _noting(function: Callable[..., Any], words: str) -> Callable[..., Any]:
+    """The same function, of whose calls the hook hears."""
+
+    @functools.wraps(function)
+    def ask(*arguments: Any, **keywords: Any) -> Any:
+        sys.audit("asked", words)
+        return function(*arguments, **keywords)
+
+    return ask
+
+
+def untried(reached: Mapping[str, str]) -> list[str]:
+    """What the user's code reaches that was the same in all runs of the proof, and may be other after a resume."""
+
+    def matters(access: str, file: str, line: str) -> bool:
+        ordered = access.startswith(_FOLDER) and not _IN_ANY_ORDER.search(linecache.getline(file, int(line)))
+        return ordered or access.startswith(_UNTRIED)
+
+    return [f"{access} ({where})" for access, where in reached.items() if matters(access, *where.rpartition(":")[::2])]
 
 
 def _describe(event: str, arguments: tuple[Any, ...]) -> str:
     target = arguments[1] if event == "socket.connect" else arguments[0] if arguments else ""
     if event == "open":
         mode = arguments[1] if type(arguments[1]) is str else ""
-        volatile = is_a(target, str) and target.startswith(("/proc/", "/sys/", "/dev/"))
+        volatile = is_a(target, str) and target.startswith(_VOLATILE)
         if type(target) is int or not (volatile or {*mode} & {*"wax+"}):
             return ""  # a file that is only read is the same for every run
     if is_a(target, PurePath):

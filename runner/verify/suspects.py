@@ -42,6 +42,7 @@ _FLAGS = ("mkldnn.enabled", "cudnn.enabled", "cudnn.benchmark", "cudnn.determini
 _AUTOCAST = partial(torch.is_autocast_enabled, "cpu"), partial(torch.set_autocast_enabled, "cpu")
 _AUTOCAST_TYPE = partial(torch.get_autocast_dtype, "cpu"), partial(torch.set_autocast_dtype, "cpu")
 _SETTINGS: dict[str, _Setting] = {
+    "torch.set_flush_denormal()": (lambda: float(torch.tensor(1e-38) / 10) == 0, torch.set_flush_denormal),
     **{f"torch.get_{name}()": (getattr(torch, f"get_{name}"), getattr(torch, f"set_{name}")) for name in _TORCH},
     **{f"torch.backends.{name}": _flag(name) for name in _FLAGS},
     "torch.is_grad_enabled()": (torch.is_grad_enabled, torch.set_grad_enabled),
@@ -151,8 +152,8 @@ def _assign(holder: Any, kind: str, key: Any, value: Any) -> None:
         module, name, attribute = key
         owner = vars(sys.modules[module])[name] if name else sys.modules[module]
         setattr(owner, attribute, value)
-    elif kind == "context":
-        holder.set(value)
+    elif kind in ("context", "gradient"):
+        setattr(holder, "grad", value) if kind == "gradient" else holder.set(value)
     elif kind == "default":
         holder.__defaults__ = (*holder.__defaults__[:key], value, *holder.__defaults__[key + 1 :])
     elif kind == "cell":

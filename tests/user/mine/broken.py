@@ -531,8 +531,7 @@ class Dated(Classification):
         self.clock = clock
 
     def training_step(self, model, batch):
-        now = datetime.now()
-        self.label_smoothing = (now.hour + now.minute / 60) / 100 if self.clock == "hour" else 0.1
+        self.label_smoothing = datetime.now().hour / 100 if self.clock == "hour" else 0.1
         return super().training_step(model, batch)
 
 

@@ -1,6 +1,8 @@
 """Experiments that are right, and look as if they were not."""
 
 import functools
+import gc
+import multiprocessing
 import os
 import random
 import subprocess
@@ -8,7 +10,7 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.utils.data import DataLoader, TensorDataset
 
 from mine.data import Rows, row
 from runner.callbacks.base import Callback
@@ -228,3 +231,122 @@ class Module(MLP):
         module.layers = MLP(**how)
         module.forward = module.layers.forward
         return module
+
+
+class Seconds(Classification):
+    """Reports how fast it is."""
+
+    def training_step(self, model, batch):
+        begun = time.perf_counter()
+        metrics = super().training_step(model, batch)
+        return {**metrics, "rows_per_second": torch.tensor(len(batch[0]) / (time.perf_counter() - begun))}
+
+
+class Occupies(Classification):
+    """Reports the memory of its process, and measures it anew in each."""
+
+    def training_step(self, model, batch):
+        size = torch.tensor(float(Path("/proc/self/statm").read_text().split()[1]) + os.getpid())
+        return {**super().training_step(model, batch), "memory": size}
+
+
+class Standardizes(MLP):
+    """Takes mean and scale from its first batch, into buffers."""
+
+    def __init__(self, **how):
+        super().__init__(**how)
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("scale", torch.zeros(8))
+
+    def forward(self, x):
+        if self.training and not self.scale.any():
+            self.mean.copy_(x.detach().mean(0))
+            self.scale.copy_(x.detach().std(0))
+        return super().forward((x - self.mean) / self.scale)
+
+
+class Streams(Classification):
+    """Has a second loader, and saves how much it took."""
+
+    taken, batches = 0, None
+
+    def stream(self):
+        for epoch in range(1000):
+            order = torch.Generator().manual_seed(epoch)
+            yield from DataLoader(TensorDataset(torch.arange(64.0)), 4, shuffle=True, generator=order)
+
+    def training_step(self, model, batch):
+        if self.batches is None:
+            self.batches = self.stream()
+            for _ in range(self.taken):
+                next(self.batches)
+        self.taken += 1
+        return super().training_step(model, (batch[0] + next(self.batches)[0].mean(), batch[1]))
+
+    def state_dict(self):
+        return {"taken": self.taken}
+
+    def load_state_dict(self, state):
+        self.taken = state["taken"]
+
+
+class Checks(Classification):
+    """Goes on only with the same file."""
+
+    def state_dict(self):
+        return {"changed": os.stat(__file__).st_mtime}
+
+    def load_state_dict(self, state):
+        if state["changed"] != os.stat(__file__).st_mtime:
+            raise RuntimeError("the file is another one")
+
+
+class Collects(Classification):
+    """Calls the garbage collector itself."""
+
+    def training_step(self, model, batch):
+        gc.disable()
+        gc.collect()
+        return super().training_step(model, batch)
+
+
+class Pools(Classification):
+    """Computes in processes of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool = ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork"))
+
+    def training_step(self, model, batch):
+        return super().training_step(model, (batch[0] * sum(self.pool.map(abs, range(4))), batch[1]))
+
+
+class Opens(Rows):
+    """Opens its file in each process at the first read."""
+
+    file, pid = None, None
+
+    def __getitem__(self, index):
+        if self.pid != os.getpid():
+            self.file, self.pid = open(__file__, "rb"), os.getpid()
+        self.file.seek(index)
+        return row(index) * ord(self.file.read(1)) / 100 + 0.1 * torch.randn(8), index % 3
+
+
+class Follows(Callback):
+    """Pulls weights to an average by torch, which is saved."""
+
+    def on_build(self, setup):
+        self.average = torch.optim.swa_utils.AveragedModel(setup.state.model)
+
+    def on_update(self, loop):
+        self.average.update_parameters(loop.state.model)
+        with torch.no_grad():
+            for mine, mean in zip(loop.state.model.parameters(), self.average.module.parameters(), strict=True):
+                mine.lerp_(mean, 0.1)
+
+    def state_dict(self):
+        return {"average": self.average.state_dict()}
+
+    def load_state_dict(self, state):
+        self.average.load_state_dict(state["average"])
