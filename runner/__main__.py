@@ -87,7 +87,8 @@ def console() -> int:
 
     Modules of the working directory are imported last, so that a ``runner.py`` of the user's shadows nothing.
     """
-    sys.path.append(os.getcwd())
+    with suppress(FileNotFoundError):  # it was removed, as ``main`` will say
+        sys.path.append(os.getcwd())
     if sys.argv[1:2] and sys.argv[1] in _COMMANDS:
         module = import_module(f"runner.{sys.argv.pop(1)}.__main__")
         return int(module.main())
@@ -165,6 +166,8 @@ def report_error(error: Exception) -> int:
 
 
 def _unwritable(error: OSError) -> str:
+    if isinstance(error, FileNotFoundError) and not error.filename:  # from os.getcwd
+        return "the working directory was removed: change to another one, or to its new place"
     name = f" {error.filename}" if error.filename else ""  # a full disk does not name the file
     folders = Path(str(error.filename)).parents if error.filename else ()
     run = next((folder for folder in folders if (folder / "run.json").exists()), None)

@@ -92,6 +92,15 @@ def test_a_file_of_a_package_name_is_refused(file: str, option: str, life: Lives
     assert f"rename your own, {tmp_path}/{file}.yaml" in ended.output
 
 
+def test_a_removed_working_directory_is_named(tmp_path: Path) -> None:
+    code = "import sys; from runner.__main__ import console; sys.exit(console())"
+    words = [sys.executable, "-c", code, "experiment=smoke", "run.name=r"]
+    script = f'cd {tmp_path} && rmdir {tmp_path} && exec "$@"'
+    path = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    ended = subprocess.run(["sh", "-c", script, "sh", *words], capture_output=True, text=True, check=False, env=path)
+    assert (ended.returncode, ended.stderr.partition(":")[0]) == (1, "the working directory was removed"), ended.stderr
+
+
 def test_an_evaluation_by_the_training_step_names_it(life: Lives, own: Path) -> None:
     task = ("task._target_=own_file.Bare", "~task.label_smoothing")
     ended = life("experiment=smoke", *task, f"run.root={own}/runs", cwd=own)
