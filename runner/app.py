@@ -195,11 +195,13 @@ def _import_experiment() -> Any:
     """``runner.experiment``, with torch. To look for garbage among all that modules define, again and again while more
     are imported, would take a sixth of the time to the first step.
     """
+    enabled = gc.isenabled()
     gc.disable()
     from runner import experiment
 
     gc.freeze()
-    gc.enable()
+    if enabled:  # ``verify`` may have disabled it
+        gc.enable()
     return experiment
 
 
