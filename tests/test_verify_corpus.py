@@ -203,6 +203,7 @@ WITHOUT_LINE = (
     "another start",
     "the runner's clock",
     "a hook of all modules",
+    "gradients of a net of the task",
 )
 
 

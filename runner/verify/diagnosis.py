@@ -208,7 +208,7 @@ class Investigation:
     def _line_of(self, path: str) -> str:
         """The line that changes memory: of the object that holds it, or else of another object."""
         root = next((key for key in self._sources if path.startswith(key)), "task")
-        names = re.findall(r"\w+", re.sub(r" \((its (value|position|object)|a .*?)\)", "", path))[::-1]
+        names = re.findall(r"\w+", re.sub(r" \((its (value|position|object|order|class)|a .*?)\)", "", path))[::-1]
         if path.startswith(PROCESS):
             names = [_SETTERS.get(name, name.replace("get", "set", 1)) for name in names]
         others = sorted((key for key in self._sources if key != root), key=lambda key: key.startswith("data."))

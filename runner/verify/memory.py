@@ -226,17 +226,17 @@ class _Walk:
             return self._digested(root, value), []
         self._visited[id(value)] = value
         self._kinds.setdefault(id(type(value)), (root, type(value)))
-        kind = (
-            [Value(" (its class)", type(value))] if is_a(value, nn.Module) or is_users(module_name(type(value))) else []
-        )
-        return words, [*kind, *self._inside(path, value)]
+        inside = self._inside(path, value)
+        if is_a(value, nn.Module) or is_users(module_name(type(value))):
+            inside.append(Value(" (its class)", type(value), "set", "__class__"))
+        return words, inside
 
     def _inside(self, path: str, value: Any) -> list[Value]:
         if is_a(value, nn.Module):
             return [*self._in_module(value)]
         inside = [*_inside(value)]
         if is_a(value, nn.Parameter) and not path.startswith("model"):  # which has GRADIENTS
-            inside.append(Value(".grad", value.grad, "gradient"))
+            inside.append(Value(".grad", value.grad, "set", "grad"))
         if path in self._own_names and is_a(value, *_OPTIM):
             return [each for each in inside if each.key not in _SKIPPED]
         return inside

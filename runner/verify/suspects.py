@@ -152,8 +152,8 @@ def _assign(holder: Any, kind: str, key: Any, value: Any) -> None:
         module, name, attribute = key
         owner = vars(sys.modules[module])[name] if name else sys.modules[module]
         setattr(owner, attribute, value)
-    elif kind in ("context", "gradient"):
-        setattr(holder, "grad", value) if kind == "gradient" else holder.set(value)
+    elif kind in ("context", "set"):
+        setattr(holder, key, value) if kind == "set" else holder.set(value)
     elif kind == "default":
         holder.__defaults__ = (*holder.__defaults__[:key], value, *holder.__defaults__[key + 1 :])
     elif kind == "cell":
