@@ -17,7 +17,7 @@ from typing import Any
 
 from runner import __version__, signals
 from runner.distributed.world import world
-from runner.errors import RunnerError, printable
+from runner.errors import RunnerError, printable, show
 
 _GRAMMAR = re.compile("LexerNoViableAlt|no viable alternative|mismatched input|extraneous input")
 _COMMANDS = ("runs", "verify", "shards")
@@ -36,7 +36,7 @@ def main() -> int:
     """Run the application; returns the exit status, as listed in ``runner.errors``."""
     _open_standard_files()
     if sys.argv[1:] == ["--version"]:
-        print(f"hydra-runner {__version__}")
+        show(f"hydra-runner {__version__}")
         return 0
     signals.install()  # before the imports, which take a second in which a signal may arrive
     sys.excepthook = _print_escaped
@@ -52,14 +52,14 @@ def main() -> int:
     if sys.argv[1:] == ["schema"]:
         from runner.config.help import json_schema
 
-        print(json.dumps(json_schema(app.CONFIGS / "config.yaml"), indent=1))
+        show(json.dumps(json_schema(app.CONFIGS / "config.yaml"), indent=1))
         return 0
     sys.argv[1:] = [*_completed_folder(), *_flags_first(quote_run_names(sys.argv[1:]))]
     if (key := _key_to_explain(sys.argv[1:])) is not None:
         from runner.config.help import explain
 
         try:
-            print(explain(key, app.CONFIGS / "config.yaml"))
+            show(explain(key, app.CONFIGS / "config.yaml"))
         except RunnerError as error:
             print(error, file=sys.stderr)
             return error.status

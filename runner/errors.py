@@ -4,10 +4,12 @@ A message says what failed and where, the expected and the actual value, and the
 Programs tell causes apart by the ``kind`` of an error, a short word given where it is raised, never by its message.
 """
 
+import atexit
 import os
 import re
 import sys
 import traceback
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -183,3 +185,19 @@ def redacted(text: str) -> str:
 def has_credentials(text: str) -> bool:
     """Whether a text is a URL with a password, signature or token in it, and not an interpolation of one."""
     return any("${" not in match[0] for pattern in (_USER, _QUERY) for match in pattern.finditer(text))
+
+
+def show(text: str) -> None:
+    """Print, for a reader that may close the pipe when it has seen enough, such as ``head``."""
+    with suppress(BrokenPipeError):
+        print(text)
+    _flush()
+
+
+@atexit.register
+def _flush() -> None:
+    try:
+        with suppress(AttributeError, ValueError):  # it is closed
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush would fail again

@@ -93,6 +93,16 @@ def test_drift_is_refused_with_a_table_and_the_remedies(life: Lives, tmp_path: P
     assert life(*command).status == 0, "the run was left as it was"
 
 
+def test_another_order_of_samples_has_no_remedy_that_fails(life: Lives, tmp_path: Path) -> None:
+    command = (*COMMAND, f"run.root={tmp_path}", "run.name=r")
+    assert life(*command, step=15).status is None
+    ended = life(*command, "seed=5")
+    assert ended.status == 3
+    assert "it cannot continue with another seed" in ended.output
+    assert "run.on_drift" not in ended.output
+    assert "run.name=r-2" in ended.output
+
+
 def test_the_value_of_an_environment_variable_is_not_stored(life: Lives, tmp_path: Path) -> None:
     override = "+run.storage_options.secret=${oc.env:PATH}"
     command = (*COMMAND, f"run.root={tmp_path}", "run.name=r", override)

@@ -4,6 +4,8 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,27 @@ def test_the_ways_out_of_drift_can_be_pasted(name: str, life: Lives, tmp_path: P
         ended = pasted(way, life)
         assert ended.status == 0, ended.output
     assert len([*tmp_path.glob("a b/smoke/*/result.json")]) == 3
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "runner --version",
+        "runner schema",
+        "runner --help",
+        "runner --help seed",
+        "runner.verify --help",
+        "runner.runs -h",
+    ],
+)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_seen_enough_is_no_error(command: str, unbuffered: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    argv, environment = [sys.executable, "-m", *command.split()], {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(argv, env=environment, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_a_parent_is_given_as_it_is_shown(life: Lives, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

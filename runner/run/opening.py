@@ -28,6 +28,13 @@ log = logging.getLogger("runner")
 # What Hydra, its launchers and its sweepers write in a run directory, following any link.
 _HYDRA_FILES = [".hydra", ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", ".submitit"]
 _HYDRA_FILES += ["multirun.yaml", "optimization_results.yaml", "optuna.sqlite3"]
+_ORDER = {
+    "seed",
+    "data.shuffle",
+    "data.tail",
+    "data.randomness",
+    "data.max_tokens",
+}  # keys that decide the order of samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,14 +167,18 @@ def drift_table(changes: Sequence[ChangedKey]) -> str:
 
 def _refusal(spec: RunSpec, changes: Sequence[ChangedKey]) -> str:
     directory, command = spec.directory, spec.command
+    remedies = [
+        "  restore the saved values (config.yaml has them all) and run the same command again, or",
+        f"  continue with the new values:    {command} run.on_drift=accept",
+        f"  start a new run from its state: {command} run.on_drift=fork",
+        f"  start a new run from scratch:   {command} run.name={shlex.quote(directory.variant[:150] + '-2')}",
+    ]
+    if order := ", ".join(key for key, _, _ in changes if key in _ORDER):
+        remedies[1:3] = [f"  (it cannot continue with another {order}: each sample exactly once needs the same order)"]
     return (
         f"the configuration is not the one that {directory.location.url} was made with:\n\n"
         f"{drift_table(changes)}\n\n"
-        "The run was left as it is. Either\n"
-        f"  restore the saved values (config.yaml has them all) and run the same command again, or\n"
-        f"  continue with the new values:    {command} run.on_drift=accept\n"
-        f"  start a new run from its state: {command} run.on_drift=fork\n"
-        f"  start a new run from scratch:   {command} run.name={shlex.quote(directory.variant[:150] + '-2')}"
+        "The run was left as it is. Either\n" + "\n".join(remedies)
     )
 
 

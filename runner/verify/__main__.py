@@ -4,7 +4,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from runner.errors import RunnerError
+from runner.errors import RunnerError, show
 from runner.verify.options import check, parse
 
 _USAGE = """\
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one proof; returns the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or {"-h", "--help"} & {*words}:
-        print(_USAGE)
+        show(_USAGE)
         return 0 if words else 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up, as after Ctrl-C
     try:
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; nothing is left behind", file=sys.stderr)
         return _INTERRUPTED
-    print(verdict.json() if as_json else verdict.text())
+    show(verdict.json() if as_json else verdict.text())
     return 0 if verdict.holds else 1
 
 

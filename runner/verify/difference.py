@@ -4,6 +4,7 @@ A step is compared in the order in which it happens: its samples, their transfor
 loss, the gradients, then the state part by part. So the first difference is the nearest to its cause.
 """
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -46,6 +47,14 @@ class FirstDifference:
     restored: bool = False
     remembered: tuple[Remembered, ...] = ()
     changing: tuple[Remembered, ...] = ()
+
+    def size(self) -> str:
+        """By how much numbers differ; empty for anything else."""
+        if not (isinstance(self.expected, float) and isinstance(self.actual, float)):
+            return ""
+        gap = abs(self.actual - self.expected)
+        relative = gap / abs(self.expected) if self.expected else math.inf
+        return f"a difference of {gap:.3g}, {relative:.2g} of the undisturbed value"
 
 
 def first_difference(run: RunTrace, undisturbed: RunTrace, *, until: int | None = None) -> FirstDifference | None:

@@ -138,6 +138,7 @@ class Verdict:
             lines.append(f"step     {difference.step}, {when}; attempt {difference.attempt + 1}")
             lines.append(f"part     {difference.part}: {difference.path}")
             lines.append(f"differs  {_short(difference.expected)} undisturbed, {_short(difference.actual)} killed")
+            lines += [f"         {size}" for size in [difference.size()] if size]
         if self.refusal:
             lines.append(_indented("error    ", self.refusal))
         lines += [f"audit    {problem}" for problem in self.audit[:5]]
