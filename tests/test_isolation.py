@@ -90,7 +90,8 @@ def test_the_cause_of_a_silent_end_is_named(life: Lives, tmp_path: Path) -> None
     how = (f"run.root={tmp_path}", "sweep.max_retries=0")
     ended = life(*COMMAND, "task._target_=mine.tasks.Leaves,runner.tasks.classification.Classification", *how, cwd=USER)
     assert ended.status == 1
-    assert "its process ended with status 3 before the job did" in ended.output
+    assert "os._exit(3) was called in the run, by " in ended.output
+    assert "its process ended with status 1 before the job did" in ended.output
     assert "1 done, 1 failed" in ended.output
 
 

@@ -336,7 +336,7 @@ opened.add(LedgerLine(101, 400, 403, 707))
 opened.mark(101)
 """
     told, size = lived(location, code).stdout.splitlines()
-    assert told == f"cannot write {location.url}/{FIRST}: File too large"
+    assert told == f"cannot write {location.url}/{FIRST}: File too large (see ulimit -f)"
     assert size == "1000"
     assert read_segments(location)[0].lines == tuple(line(step) for step in range(1, 102))
 
