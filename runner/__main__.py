@@ -144,7 +144,6 @@ def report_error(error: Exception) -> int:
         raise error.with_traceback(_from_module("runner.experiment", job) or job) from error.__cause__
     status = 2
     if isinstance(error, BrokenPipeError):  # whoever reads the help or the configuration, such as head, has seen enough
-        sys.stderr.close()
         return 0
     if isinstance(error, OSError):
         status = 1

@@ -258,7 +258,7 @@ def test_workers_that_wait_forever_are_given_up(
     ThreadPool.pool.shutdown()
     assert same(batches, expected)
     assert numbers[-1] == 0
-    assert "They may wait for a thread or a lock" in caplog.text
+    assert "Its workers may wait for a thread or a lock" in caplog.text
 
 
 @pytest.mark.parametrize("wrap", [lambda samples: samples, lambda samples: Subset(samples, range(N))])

@@ -383,8 +383,8 @@ _MEMORY = f"Give it more memory; {_FEWER}."
 _FILES = f"Every tensor of a batch in flight is an open file: raise the limit with ulimit -n 65536; {_FEWER}."
 _THREADS = "Raise the limit of processes and threads (ulimit -u, pids of a container), or set runtime.num_workers=0."
 _FORKED = (
-    "They may wait for a thread or a lock, say of a pool of threads in a module: make it at the first read of each "
-    "process, or set runtime.start_method=forkserver or runtime.num_workers=0."
+    "Its workers may wait for a thread or a lock, say of a pool of threads in a module: make it at the first read of "
+    "each process, or set runtime.start_method=forkserver or runtime.num_workers=0."
 )
 _PICKLED = (
     "A batch from a data worker is pickled: let the data set and data.collate give tensors, arrays and plain values, "

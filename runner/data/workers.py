@@ -44,9 +44,9 @@ _WORTH = 0.05  # share of a step's time: a shorter wait does not matter
 _GAIN = 0.04  # share of a step's time: a smaller gain is not worth the memory of more workers
 _SEND_SECONDS = 0.5e-3, 1e-9  # time of this process for a batch from a worker: per batch, per byte
 _WORKER_BYTES = {"fork": 100e6, "spawn": 500e6, "forkserver": 500e6}  # memory of a worker without batches
-_IMPORTS = 20  # times the first measurement, where workers import modules, for which training waits some seconds
+_SPAWN_FACTOR = 20  # of the first measurement's length for spawned workers: training waits seconds for their imports
 _MIN_STEPS = 4  # the fewest steps in a measurement
-_PATIENCE_SECONDS, _PATIENCE = 30.0, 20  # the longest wait for a batch of a worker: a time, and times the usual one
+_PATIENCE_SECONDS, _PATIENCE_FACTOR = 30.0, 20  # the longest wait for a worker's batch: 30 s and 20 times its reading
 _OUTLIER = 10  # a step longer than so many medians includes an evaluation or a save
 
 
@@ -152,9 +152,9 @@ class AdaptiveLoader:
         self._logged_number: int | None = None
         self._first_seconds, self._most_seconds = options.limits.seconds
         self._timeout = options.limits.timeout
-        self._imports = _start_method(options) == "spawn"
-        if self._imports:
-            self._first_seconds *= _IMPORTS
+        self._spawns = _start_method(options) == "spawn"
+        if self._spawns:
+            self._first_seconds *= _SPAWN_FACTOR
         self._seconds = self._first_seconds
         self._share = 1.0  # share of reading on a core
         self._last_batch: Any = None
@@ -249,7 +249,7 @@ class AdaptiveLoader:
                 raise DataError(
                     f"{self._key}: {name} of {type(self._fetcher.samples).__qualname__} was {before} and is {now} now, "
                     "but a copy of it is read. Let samples depend on their index and the configuration alone, or set "
-                    "runtime.num_workers=0, with which this process reads the very object"
+                    "runtime.num_workers=0, with which this process reads the object itself"
                 )
 
     def _next(self) -> FetchedBatch:
@@ -276,14 +276,14 @@ class AdaptiveLoader:
 
     def _move(self, workers: int, reading: float) -> None:
         """Go on reading with another number of workers; a batch takes ``reading`` seconds."""
-        if workers and self._imports:
+        if workers and self._spawns:
             log.info("workers  starting %d for %s; training waits until they have imported modules", workers, self._key)
         self._loader.close()
         self._fetcher.generators |= self._local_fetcher.generators  # as this process has seen by now
         if workers:  # closes files before a fork, which some libraries require (LMDB)
             self._local_fetcher.samples = unread_copy(self._fetcher.samples)
         # A forked worker waits forever for a lock or a thread that only this process has.
-        patience = _PATIENCE_SECONDS * (1 + self._imports) + _PATIENCE * reading
+        patience = _PATIENCE_SECONDS * (1 + self._spawns) + _PATIENCE_FACTOR * reading
         self._open(workers, math.ceil(min(patience, self._timeout / 2)))
         self._begin()
         self._measure(leave_out=workers + 1)

@@ -21,7 +21,7 @@ Runs the experiment once undisturbed and once with SIGKILLs and SIGTERMs, and co
   verify.root=PATH|URL    where to make the runs (default: a temporary folder); they are removed afterwards
   verify.html=FILE        write a page with cause, remedy, the loss of both runs and all attempts
   verify.seed=N           choose other moments for the kills
-  verify.ignore=[A,B]     metrics that need not be equal, such as gigabytes of memory; metrics of time are found
+  verify.ignore=[A,B]     metrics that may differ, such as gigabytes of memory; metrics of time are recognised
   verify.keep=true        do not remove the runs
 Exit status: 0 it resumes exactly, 1 it does not, 2 configuration error, 130 Ctrl-C."""
 _INTERRUPTED = 130
