@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +29,7 @@ from tabulate import tabulate
 from runner.checkpoint.checkpoint import Checkpoint, Reader, TensorBytes, parse
 from runner.checkpoint.encoding import encode
 from runner.checkpoint.manifest import CommitId, seal, unseal
-from runner.checkpoint.sharding import Cuts, LocalShard, WritePlan, cell_of, plan
+from runner.checkpoint.sharding import LocalShard, WritePlan, cell_bytes, plan, rows_of
 from runner.checkpoint.snapshot import RankFiles, Snapshot, assemble, rank_files
 from runner.checkpoint.tensor_file import BLOCK, StoredFile
 from runner.storage.local import LocalLocation
@@ -68,25 +67,25 @@ class Layout:
     """Replicated, sharded, or sharded within groups of eight."""
 
     name: str
-    cuts: Cuts
+    cells: int
     replicas: int
 
     @classmethod
     def all(cls, ranks: int) -> Iterator["Layout"]:
-        yield cls("ddp", (), ranks)
+        yield cls("ddp", 1, ranks)
         if ranks > 1:
-            yield cls("fsdp", ((0, ranks),), 1)
+            yield cls("fsdp", ranks, 1)
         if ranks > 8:
-            yield cls("fsdp in groups of 8", ((0, 8),), ranks // 8)
+            yield cls("fsdp in groups of 8", 8, ranks // 8)
 
     def deal(self, tensors: int, seat: Seat) -> dict[str, LocalShard]:
         cell = seat.rank // self.replicas
-        local = cell_of((ROWS, COLUMNS), self.cuts, cell).shape
+        local = len(rows_of((ROWS, COLUMNS), self.cells, cell)), COLUMNS
         return {
             f"model/layers.{number}.weight": LocalShard(
                 torch.empty(local),  # whose pages are never touched
                 (ROWS, COLUMNS),
-                self.cuts,
+                self.cells,
                 cell,
                 self.replicas,
                 seat.rank % self.replicas,
@@ -99,7 +98,7 @@ class Layout:
 def stored(how: WritePlan, number: int, cell: int) -> tuple[str, StoredFile]:
     """The file of a cell, as it would have been written."""
     group = how.groups[number]
-    size = sum(prod(cell_of(kind.shape, group.cuts, cell).shape) * kind.itemsize for kind in group.tensors.values())
+    size = sum(cell_bytes(kind, group.cells, cell) for kind in group.tensors.values())
     return COMMIT.data(number, cell), StoredFile(HEADER + size, HEADER, DIGEST, [DIGEST] * -(-size // BLOCK))
 
 

@@ -21,7 +21,7 @@ from runner.callbacks.base import FAILED
 from runner.checkpoint.checkpoint import Checkpoint, Reader, TensorBytes
 from runner.checkpoint.encoding import encode
 from runner.checkpoint.manifest import CommitId, parse_commit
-from runner.checkpoint.sharding import Box, FileGroup, local
+from runner.checkpoint.sharding import FileGroup, local
 from runner.checkpoint.store import CheckpointStore, best_first
 from runner.checkpoint.structure import Structure
 from runner.checkpoint.tensor_file import Damaged, Kind, is_finite
@@ -325,7 +325,7 @@ def read_weights(files: Sequence[Path], comm: Communicator) -> Checkpoint:
     if all(name.startswith("model/module.") for name in keys):
         keys = {name.replace("/module.", "/", 1): key for name, key in keys.items()}
         kinds = {name.replace("/module.", "/", 1): kind for name, kind in kinds.items()}
-    group = FileGroup((), kinds)
+    group = FileGroup(1, kinds)
     like = {name.removeprefix("model/"): torch.empty(0) for name in kinds}  # only their names are encoded
     places = {name: TensorBytes(group, name, 0) for name in kinds}
     value, _ = encode(like, "model")
@@ -336,14 +336,15 @@ class _SafetensorsReader(Reader):
     def __init__(self, keys: Mapping[str, tuple[Path, str]]) -> None:
         self._keys = keys
 
-    def read(self, wanted: Mapping[str, tuple[TensorBytes, Box]]) -> dict[str, Tensor]:
+    def read(self, wanted: Mapping[str, tuple[TensorBytes, range]]) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         with ExitStack() as stack:
             paths = {self._keys[place.name][0] for place, _ in wanted.values()}
             files = {path: stack.enter_context(safe_open(path, framework="pt")) for path in paths}
-            for name, (place, box) in wanted.items():
+            for name, (place, rows) in wanted.items():
                 path, key = self._keys[place.name]
-                tensors[name] = files[path].get_tensor(key)[box.within(Box.whole(place.kind.shape))].clone()
+                tensor = files[path].get_tensor(key)
+                tensors[name] = (tensor[rows.start : rows.stop] if tensor.dim() else tensor).clone()
         return tensors
 
 

@@ -17,7 +17,7 @@ from results import Results, metric_lines, results
 from safetensors.torch import load_file
 from waiting import until
 
-from runner.checkpoint.sharding import Box
+from runner.checkpoint.sharding import rows_of
 from runner.checkpoint.store import CheckpointStore
 from runner.run.directory import RunDirectory
 from runner.runs.audit import audit
@@ -261,8 +261,7 @@ def drawn(run: Path, rank: int) -> torch.Tensor:
     store = CheckpointStore(LocalLocation(run))
     checkpoint, name = store.open(store.commits()[0]), f"generators/{rank}/torch"
     place = checkpoint.places[name]
-    box = Box.whole(place.group.tensors[place.name].shape)
-    return checkpoint.reader.read({name: (place, box)})[name]
+    return checkpoint.reader.read({name: (place, rows_of(place.kind.shape))})[name]
 
 
 def ledger(run: Path) -> dict[int, str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from runner.checkpoint.checkpoint import Reader, TensorBytes
 from runner.checkpoint.manifest import keyed_digest
-from runner.checkpoint.sharding import Box, FileGroup
+from runner.checkpoint.sharding import FileGroup, rows_of
 from runner.checkpoint.tensor_file import BLOCK, Damaged, Kind, SafetensorsFile, StoredFile, bytes_of, in_file_order
 from runner.errors import StateError
 from runner.storage import LocalLocation
@@ -75,7 +75,7 @@ class Written:
 
     def read(self, *names: str) -> dict[str, Tensor]:
         kinds = self.group.tensors
-        places = {name: (TensorBytes(self.group, name, 0), Box.whole(kinds[name].shape)) for name in names or kinds}
+        places = {name: (TensorBytes(self.group, name, 0), rows_of(kinds[name].shape)) for name in names or kinds}
         return Reader(self.location, {FILE: self.file}).read(places)
 
     def begin(self, name: str) -> int:
@@ -86,7 +86,7 @@ def write(location: LocalLocation, found: dict[str, Tensor]) -> Written:
     kinds = {name: Kind.of(tensor, tuple(tensor.shape), name) for name, tensor in found.items()}
     file = SafetensorsFile(found, metadata={"step": "7"})
     size = location.put(FILE, file.chunks())
-    return Written(FileGroup((), {name: kinds[name] for name in in_file_order(kinds)}), file.stored(size), location)
+    return Written(FileGroup(1, {name: kinds[name] for name in in_file_order(kinds)}), file.stored(size), location)
 
 
 @pytest.fixture
@@ -201,9 +201,9 @@ def test_impossible_tensors_are_damage(dtype: str, shape: tuple[int, ...], told:
 def test_wrong_sizes_are_damage_before_any_allocation(
     location: LocalLocation, shape: tuple[int, ...], size: int
 ) -> None:
-    group, file = FileGroup((), {"a": Kind("F32", shape)}), StoredFile(size, 0, "", [""] * min(size, 1))
+    group, file = FileGroup(1, {"a": Kind("F32", shape)}), StoredFile(size, 0, "", [""] * min(size, 1))
     with pytest.raises(Damaged, match="bytes cannot be the tensors"):
-        Reader(location, {FILE: file}).read({"a": (TensorBytes(group, "a", 0), Box.whole(shape))})
+        Reader(location, {FILE: file}).read({"a": (TensorBytes(group, "a", 0), rows_of(shape))})
 
 
 @pytest.mark.parametrize("dtype", [torch.complex128, torch.float8_e4m3fnuz])

@@ -1,13 +1,12 @@
 """An opened checkpoint: a manifest that passed all plausibility checks, and the state that it describes.
 
-Tensors are read in boxes: only the blocks that contain them, in parallel, directly into them. No tensor is returned
-before the digests of all blocks that it came from have matched.
+Of a tensor, all or some rows are read: only the blocks that contain them, in parallel, directly into the result. No
+tensor is returned before the digests of all blocks that it came from have matched.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from runner.activity import doing
 from runner.checkpoint.encoding import decode, encode, in_memory_order, orders
 from runner.checkpoint.manifest import MAX_TENSORS, CommitId, keyed_digest
-from runner.checkpoint.sharding import Box, FileGroup, LocalShard, cells_in, distribute, is_distributed, shard
+from runner.checkpoint.sharding import FileGroup, LocalShard, cells_with, distribute, is_distributed, rows_of, shard
 from runner.checkpoint.tensor_file import BLOCK, Damaged, Kind, StoredFile, bytes_of
 from runner.distributed.communicator import SINGLE_PROCESS, Communicator, on_all_ranks
 from runner.errors import StateError
@@ -49,22 +48,22 @@ class Reader:
         self._files = files
         self._names = [*files]
 
-    def read(self, wanted: Mapping[str, tuple[TensorBytes, Box]]) -> dict[str, Tensor]:
-        """The boxes of tensors, by any name. Raises Damaged."""
+    def read(self, wanted: Mapping[str, tuple[TensorBytes, range]]) -> dict[str, Tensor]:
+        """Rows of tensors, by any name. Raises Damaged."""
         blocks: _Blocks = {}
         tensors: dict[str, Tensor] = {}
-        copies: list[tuple[Tensor, Tensor]] = []
-        for name, (place, box) in wanted.items():
-            sources = []
-            for number, cell, overlap in cells_in(box, place.kind.shape, place.group.cuts):
+        for name, (place, rows) in wanted.items():
+            kind = place.kind
+            sources = []  # of consecutive rows: the file, where they begin in it, and their size
+            for number, cell in cells_with(rows, kind.shape, place.group.cells):
                 file = self._names[place.first + number]
-                offsets = place.group.offsets(number, self._files[file].data)
-                sources.append((file, offsets[place.name], cell, overlap))
-            tensors[name] = place.kind.empty(box.shape)  # only now: the files have its bytes
-            copies += _scatter(tensors[name], place.kind, box, sources, blocks)
+                begin = place.group.offsets(number, self._files[file].data)[place.name]
+                first, end = max(cell.start, rows.start), min(cell.stop, rows.stop)
+                sources.append((file, begin + (first - cell.start) * kind.row_bytes, (end - first) * kind.row_bytes))
+            # Made only now: the files have its bytes.
+            tensors[name] = kind.empty((len(rows), *kind.shape[1:]) if kind.shape else ())
+            _scatter(bytes_of(tensors[name]), sources, blocks)
         self._fill(blocks)
-        for target, tensor in copies:
-            target.copy_(tensor)
         return tensors
 
     def verify(self) -> None:
@@ -117,25 +116,10 @@ def _buffers(pieces: list[tuple[int, memoryview]], size: int) -> list[memoryview
     return buffers if position == size else [*buffers, memoryview(bytearray(size - position))]
 
 
-def _scatter(
-    target: Tensor, kind: Kind, box: Box, sources: Iterable[tuple[str, int, Box, Box]], blocks: _Blocks
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Add memory for the bytes of a box to the blocks that they are in: the memory of ``target``, or for an overlap
-    that is contiguous on one side only, that of whole rows of the cell. Yields the (target, source) pairs to be copied
-    then.
-    """
-    view = bytes_of(target)
-    for file, offset, cell, overlap in sources:
-        to, at = overlap.run(box), overlap.run(cell)
-        if to is None or at is None:
-            rows = Box((*overlap.offset[:1], *cell.offset[1:]), (*overlap.shape[:1], *cell.shape[1:]))
-            buffer, at = kind.empty(rows.shape), rows.run(cell)
-            assert at is not None
-            yield target[overlap.within(box)], buffer[overlap.within(rows)]
-            piece = bytes_of(buffer)
-        else:
-            piece = view[to * kind.itemsize : (to + prod(overlap.shape)) * kind.itemsize]
-        offset += at * kind.itemsize
+def _scatter(memory: memoryview, sources: Iterable[tuple[str, int, int]], blocks: _Blocks) -> None:
+    """Add the memory for bytes of files, one source after the other, to the blocks that they are in."""
+    for file, offset, size in sources:
+        piece, memory = memory[:size], memory[size:]
         while piece:
             number, within = divmod(offset, BLOCK)
             blocks.setdefault((file, number), []).append((within, piece[: BLOCK - within]))
@@ -193,10 +177,10 @@ class Checkpoint:
         missing = next((name for name in names if name not in self.places), None)
         if missing is not None:
             raise Damaged(f"{self.id.commit} has no tensor {missing!r}")
-        boxes = {name: shard.box for name, shard in (shards or {}).items()}
-        wanted = {name: (place := self.places[name], boxes.get(name) or Box.whole(place.kind.shape)) for name in names}
+        rows = {name: shard.rows for name, shard in (shards or {}).items()}
+        wanted = {name: (at := self.places[name], rows.get(name, rows_of(at.kind.shape))) for name in names}
         first: dict[Any, str] = {}
-        aliases = {name: first.setdefault((place.name, box), name) for name, (place, box) in wanted.items()}
+        aliases = {name: first.setdefault((place.name, each), name) for name, (place, each) in wanted.items()}
         read = self.reader.read({name: wanted[name] for name in first.values()})
         # Popped one by one, so that no more than one of them is in memory in two layouts.
         tensors = {name: in_memory_order(read.pop(name), names[name]) for name in [*read]}
@@ -285,10 +269,7 @@ def _places(groups: list[Any], files: int) -> Iterator[tuple[str, TensorBytes]]:
         if len(names) + len(entry["tensors"]) > MAX_TENSORS:
             raise ValueError(f"more than {MAX_TENSORS} tensors")
         kinds = {name: Kind(dtype, tuple(shape)) for name, (dtype, shape) in entry["tensors"].items()}
-        cuts = tuple((dimension, count) for dimension, count in entry["cuts"])
-        if not all(type(number) is int for cut in cuts for number in cut):
-            raise ValueError(f"cuts {cuts}")
-        group = FileGroup(cuts, kinds)
+        group = FileGroup(_cells(entry["cuts"]), kinds)
         if not kinds or not names.isdisjoint(kinds):
             raise ValueError("a group without tensors, or a tensor twice")
         names.update(kinds)
@@ -296,3 +277,13 @@ def _places(groups: list[Any], files: int) -> Iterator[tuple[str, TensorBytes]]:
         first += group.cells
     if first != files:
         raise ValueError(f"{files} files for {first} cells")
+
+
+def _cells(cuts: Any) -> int:
+    """Into how many cells the tensors of a group are divided."""
+    if cuts == []:
+        return 1
+    ((dimension, cells),) = cuts
+    if (type(dimension), dimension, type(cells)) != (int, 0, int) or cells < 1:
+        raise ValueError(f"cuts {cuts}")
+    return int(cells)

@@ -104,14 +104,16 @@ def assemble(commit: CommitId, snapshot: Snapshot, plan: WritePlan, ranks: Seque
         if entries.get("tensors"):
             own.append((entries["tensors"], entries["files"][-1]))
     in_order = [files[number, cell] for number, group in enumerate(plan.groups) for cell in range(group.cells)]
-    groups = [{"cuts": group.cuts, "tensors": _kinds(group)} for group in plan.groups]
+    # A list, because the format has room for tensors that are divided along several dimensions.
+    cuts = [[[0, group.cells]] if group.cells > 1 else [] for group in plan.groups]
+    groups = [{"cuts": each, "tensors": _kinds(group)} for each, group in zip(cuts, plan.groups, strict=True)]
     return {
         "format": FORMAT,
         "attempt": commit.attempt,
         "step": commit.step,
         "ranks": len(ranks),
         "files": {name: fields for name, *fields in (*in_order, *(file for _, file in own))},
-        "shelves": [*groups, *({"cuts": (), "tensors": tensors} for tensors, _ in own)],
+        "shelves": [*groups, *({"cuts": [], "tensors": tensors} for tensors, _ in own)],
         "same": plan.aliases,
         "parts": snapshot.parts
         | {part: {"$": "ranks", "items": [entries["own"][part] for entries in ranks]} for part in snapshot.own},
@@ -128,7 +130,7 @@ def _part_digests(snapshot: Snapshot, plan: WritePlan) -> dict[str, str]:
     lines: dict[str, list[str]] = {part: [json.dumps(value)] for part, value in snapshot.parts.items()}
     for number, group in enumerate(plan.groups):
         for name, kind in group.tensors.items():
-            lines[name.partition("/")[0]].append(f"{number} {group.cuts} {name} {kind.dtype} {kind.shape}")
+            lines[name.partition("/")[0]].append(f"{number} {group.cells} {name} {kind.dtype} {kind.shape}")
     for name, original in plan.aliases.items():
         lines[name.partition("/")[0]].append(f"{name} {original}")
     for part, content in snapshot.contents.items():

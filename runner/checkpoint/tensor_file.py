@@ -97,6 +97,11 @@ class Kind:
     def itemsize(self) -> int:
         return _DTYPES[self.dtype].itemsize
 
+    @property
+    def row_bytes(self) -> int:
+        """The size of a row, all elements with one index of the first dimension."""
+        return math.prod(self.shape[1:]) * self.itemsize
+
     def empty(self, shape: tuple[int, ...]) -> Tensor:
         """An uninitialised tensor of this type."""
         return torch.empty(shape, dtype=_DTYPES[self.dtype])
