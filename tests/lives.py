@@ -206,19 +206,25 @@ class Lives:
 def preload() -> None:
     """Import all that a life will import, and have Hydra compose a configuration: it keeps what its parser learns."""
     optional = [name for name in ("optuna",) if importlib.util.find_spec(name)]
-    modules = ("sklearn.datasets", "torch._dynamo", "runner.app", "runner.experiment", "runner.datasets.digits")
-    modules += ("runner.models.mlp", "runner.tasks.classification", "runner.metrics.tensorboard")
+    modules = ("sklearn.datasets", "sklearn.datasets.data", "sklearn.datasets.descr", "torch._dynamo", "tabulate")
+    modules += ("tensorboard.plugins.hparams.api_pb2", "hydra._internal.logging_config", "multiprocessing.popen_fork")
+    modules += ("runner.app", "runner.experiment", "runner.schedules", "runner.sweep.jobs", "runner.sweep.launcher")
+    modules += ("runner.datasets.digits", "runner.datasets.text", "runner.models.mlp", "runner.models.convnet")
+    modules += ("runner.models.gan", "runner.models.gpt", "runner.tasks.classification", "runner.tasks.adversarial")
+    modules += ("runner.tasks.language", "runner.metrics.tensorboard", "runner.rl")
     modules += ("runner.distributed.processes", "runner.distributed.parallel")
     for module in (*modules, *optional):
         importlib.import_module(module)
 
     from runner.app import warm_up
+    from runner.run import code
     from runner.sweep import optuna
 
     sys.path.insert(0, str(USER))  # Hydra looks for plugins once
     optuna.register()
     warm_up()
     sys.path.remove(str(USER))
+    code.running([])  # keeps which folders are those of installed packages
     gc.freeze()  # else the first collection in each life copies every page
 
 

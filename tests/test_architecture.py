@@ -1,6 +1,7 @@
 """The map in the package's docstring, held against the code: layers, third-party imports, sizes."""
 
 import ast
+import functools
 import re
 import sys
 from collections import Counter
@@ -70,10 +71,17 @@ def room(path: Path) -> str:
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    """The syntax tree of a file."""
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def imports(path: Path) -> set[str]:
     """Every module that a file imports, anywhere in it."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -84,7 +92,7 @@ def imports(path: Path) -> set[str]:
 
 
 def functions(path: Path) -> list[ast.FunctionDef]:
-    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    return [node for node in ast.walk(parsed(path)) if isinstance(node, ast.FunctionDef)]
 
 
 def test_the_map_names_every_module_once() -> None:
@@ -147,12 +155,7 @@ def test_a_name_of_a_module_has_one_meaning() -> None:
 
 
 def test_a_name_of_a_class_has_one_meaning() -> None:
-    names = Counter(
-        node.name
-        for path in MODULES
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.ClassDef)
-    )
+    names = Counter(node.name for path in MODULES for node in ast.walk(parsed(path)) if isinstance(node, ast.ClassDef))
     shared = {name for name, count in names.items() if count > 1}
     assert shared == SHARED_CLASS_NAMES.keys(), "rename one of each, or write the reason down"
 
@@ -169,7 +172,7 @@ def test_files_and_functions_stay_small() -> None:
 
 def test_every_module_and_public_thing_has_a_docstring() -> None:
     for path in MODULES:
-        tree = ast.parse(path.read_text())
+        tree = parsed(path)
         assert ast.get_docstring(tree), path
         for node in tree.body:
             if (
@@ -198,7 +201,7 @@ def foreign(tree: ast.Module) -> set[str]:
 
 def private_writes(path: Path) -> list[str]:
     """The lines of a file that set a private attribute of another object or module, except of a foreign one."""
-    tree = ast.parse(path.read_text())
+    tree = parsed(path)
     own, found = {"self", "cls"} | foreign(tree), []
     for node in ast.walk(tree):
         target, name = None, ""
