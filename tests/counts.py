@@ -1,6 +1,6 @@
 """How much was tried: tests count, and one command adds up.
 
-    export RUNNER_COUNTS=counts.jsonl; python -m pytest -m "campaign or not campaign"; python tests/counts.py
+    export RUNNER_COUNTS=counts.jsonl; python -m pytest -m ""; python tests/counts.py
 
 Each count is one line of JSON, appended with a single write, so that test processes side by side can share the file.
 """

@@ -16,6 +16,7 @@ import torch
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from lives import USER, Lives
+from marks import slow
 from safetensors.torch import load_file
 from waiting import until
 
@@ -82,7 +83,7 @@ def test_a_run_is_trained_once(
         )
 
 
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("end", [signal.SIGINT, slow(signal.SIGKILL)])
 def test_an_interrupted_notebook_saves_its_run(end: int, tmp_path: Path) -> None:
     """By its stop button, or because its process is killed."""
     text = "import runner; runner.train('smoke', trainer={'max_steps': 10**7}, checkpoint={'every_steps': 10**6})"
@@ -215,6 +216,7 @@ def test_a_value_that_no_command_has_is_refused() -> None:
         _literal([print])
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path: Path) -> None:
     """Every cell in order, without Jupyter."""
     pytest.importorskip("pandas")

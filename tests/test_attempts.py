@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from lives import Lives, Mines
+from marks import slow
 from results import results
 from waiting import Clock, until
 
@@ -226,7 +227,7 @@ def starters(location: LocalLocation, count: int) -> Iterator[list["subprocess.P
                 process.kill()
 
 
-@pytest.mark.parametrize("count", [2, 16])
+@pytest.mark.parametrize("count", [2, slow(16)])
 def test_of_processes_started_at_once_only_one_owns_the_run(count: int, location: LocalLocation) -> None:
     """Again and again, each time after a kill of the owner, without any waiting."""
     for lifetime in range(3):

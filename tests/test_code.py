@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from lives import Lives
+from marks import slow
 
 from runner.config.secrets import hide_secrets
 from runner.run import code
@@ -120,7 +121,13 @@ def test_commit_and_changes_of_the_repository_are_stored(life: Lives, tmp_path: 
     ]
 
 
-@pytest.mark.parametrize("how", ["no git", "no repository", "a repository without a commit", "git never answers"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "no git",
+        *(slow(how) for how in ("no repository", "a repository without a commit", "git never answers")),
+    ],
+)
 def test_without_git_a_run_goes_on(how: str, life: Lives, tmp_path: Path) -> None:
     program(tmp_path)
     if how != "no repository":

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from lives import Lives
+from marks import slow
 from omegaconf import OmegaConf
 from results import results
 
@@ -23,6 +24,7 @@ OPTIONS = sorted(
     if path.parent.name != "experiment"
 )
 EXPERIMENTS = sorted(path.stem for path in (app.CONFIGS / "experiment").glob("*.yaml"))
+LONG = ("arithmetic_grpo", "fashion_mnist", "gpt_muon", "lora")
 HAS_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist").is_dir()
 
 
@@ -37,7 +39,7 @@ def test_every_option_composes(option: str) -> None:
     assert set(identity(composed("experiment=digits", option))) == {*IDENTITY} - {"params"}
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("experiment", [slow(name) if name in LONG else name for name in EXPERIMENTS])
 def test_every_experiment_runs_a_few_steps(experiment: str, life: Lives, tmp_path: Path) -> None:
     if experiment == "fashion_mnist" and not HAS_FASHION_MNIST:
         pytest.skip("needs the Debian package dataset-fashion-mnist")
@@ -343,7 +345,7 @@ def test_an_unreadable_run_root_is_reported(life: Lives, tmp_path: Path) -> None
     assert "Not a directory. Choose another run.root" in ended.output
 
 
-@pytest.mark.parametrize("option", ["default", "stdout", "none", "disabled"])
+@pytest.mark.parametrize("option", ["default", slow("stdout"), slow("none"), "disabled"])
 def test_hydras_own_options_of_logging(option: str, life: Lives, tmp_path: Path) -> None:
     ended = life(
         "experiment=smoke", f"hydra/job_logging={option}", "trainer.max_steps=1", f"run.root={tmp_path}", cwd=tmp_path

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from lives import Lives
+from marks import slow
 from results import results
 
 from runner.run.directory import RunDirectory
@@ -48,7 +49,7 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-@pytest.mark.parametrize("damage", [flip, truncate, Path.unlink], ids=["flipped", "truncated", "deleted"])
+@pytest.mark.parametrize("damage", [flip, slow(truncate), slow(Path.unlink)], ids=["flipped", "truncated", "deleted"])
 @pytest.mark.parametrize("folder", ["data", "commits"])
 def test_a_damaged_newest_checkpoint_costs_steps_and_says_so(damage, folder: str, run: Path, life: Lives) -> None:
     whole = life(*COMMAND, f"run.root={run.parent.parent}", "objective.metric=null", "run.name=whole")

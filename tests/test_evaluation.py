@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from crews import Crews
 from lives import LAST, Lives
+from marks import slow
 from results import metric_lines, results
 
 USER = Path(__file__).parent / "user"
@@ -25,7 +26,7 @@ WAKES = (*ROWS, "task._target_=mine.tasks.Wakes", "model._target_=mine.odd.Centr
 
 @pytest.mark.parametrize(
     "more",
-    [(), ("trainer.ema_decay=0.5",), ("+task.pushes=true",), ("+task.swaps=true",)],
+    [(), slow(("trainer.ema_decay=0.5",)), slow(("+task.pushes=true",)), ("+task.swaps=true",)],
     ids=["plain", "ema", "pushes", "swaps"],
 )
 def test_an_evaluation_that_is_cut_short_leaves_no_trace(more: tuple[str, ...], life: Lives, tmp_path: Path) -> None:
@@ -59,7 +60,7 @@ def test_an_expanded_buffer_is_refused_by_name(life: Lives, tmp_path: Path) -> N
     assert "cannot save model/mean: Tensor, torch.strided, on cpu; only dense tensors" in ended.output, ended.output
 
 
-@pytest.mark.parametrize("call", [6, 10], ids=["between", "last"])
+@pytest.mark.parametrize("call", [6, slow(10)], ids=["between", "last"])
 def test_callbacks_see_a_step_with_its_evaluation(call: int, life: Lives, tmp_path: Path) -> None:
     """The step whose evaluation is cut short is seen by ``on_step`` once, by the attempt that evaluates it."""
     own = ("+callbacks.weighs._target_=mine.broken.WeighsWell", CALLBACK)
@@ -70,7 +71,7 @@ def test_callbacks_see_a_step_with_its_evaluation(call: int, life: Lives, tmp_pa
     require_same(tmp_path / "rows")
 
 
-@pytest.mark.parametrize("cut", [None, 6, 7])
+@pytest.mark.parametrize("cut", [slow(None), 6, slow(7)])
 def test_the_step_where_a_callback_ends_training_is_evaluated(cut: int | None, life: Lives, tmp_path: Path) -> None:
     """Killed after that step was evaluated, before, and not at all. Beside it, a model that has to be woken."""
     command = (*ROWS, "+callbacks.ends={_target_: mine.callbacks.Ends, step: 7}", "checkpoint.every_steps=1")
@@ -108,7 +109,7 @@ def require_same(folder: Path) -> None:
     assert {**cut.result, "identity": 0} == {**whole.result, "identity": 0}
 
 
-@pytest.mark.parametrize("more", [("runtime.parallel=ddp",), ("runtime.parallel=fsdp", "trainer.ema_decay=0.5")])
+@pytest.mark.parametrize("more", [slow(("runtime.parallel=ddp",)), ("runtime.parallel=fsdp", "trainer.ema_decay=0.5")])
 def test_many_processes_are_cut_short_in_an_evaluation(more: tuple[str, ...], crew: Crews, tmp_path: Path) -> None:
     """Also where no evaluation is followed by a save, after which the weights of fsdp lie as before it."""
     command = (*ROWS, "model._target_=mine.odd.Centres", "objective.metric=null", *more, f"run.root={tmp_path}")
@@ -142,7 +143,7 @@ def test_callback_metrics_that_differ_by_process_are_refused(crew: Crews, tmp_pa
     assert "must be the same in all processes" in ended.output
 
 
-@pytest.mark.parametrize("last", [False, True], ids=["between", "last"])
+@pytest.mark.parametrize("last", [False, slow(True)], ids=["between", "last"])
 def test_an_evaluation_that_raises_loses_no_step(last: bool, life: Lives, tmp_path: Path) -> None:
     """The steps before it are committed; with the code mended, the same command is the undisturbed run."""
     broken = tmp_path / "broken"
@@ -162,7 +163,7 @@ def test_an_evaluation_that_raises_loses_no_step(last: bool, life: Lives, tmp_pa
     require_same(tmp_path / "rows")
 
 
-@pytest.mark.parametrize("rank", ["", "1"], ids=["all", "one"])
+@pytest.mark.parametrize("rank", [slow(""), "1"], ids=["all", "one"])
 def test_a_failed_evaluation_of_processes_loses_no_step(rank: str, crew: Crews, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     more = ("trainer.evaluate_every_steps=7", "task._target_=mine.tasks.Mended", f"+task.broken={broken}", CALLBACK)

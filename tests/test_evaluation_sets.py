@@ -9,6 +9,7 @@ import pytest
 import torch
 from crews import Crews
 from lives import Lives
+from marks import slow
 from results import results
 from torch import nn
 
@@ -35,7 +36,7 @@ def metrics(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "result.json").read_text())["metrics"]
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [slow(2), 3])
 def test_rows_and_torchmetrics_are_those_of_one_process(size: int, life: Lives, crew: Crews, tmp_path: Path) -> None:
     """Neither the second batch of a process nor one that only fills up the last round is missed or counted twice."""
     pytest.importorskip("torchmetrics")
@@ -152,7 +153,7 @@ def test_a_copy_of_a_task_shares_weights_and_has_its_own_memory() -> None:
     assert copy_of(Judge(lock=True), []) is None
 
 
-@pytest.mark.parametrize("call", [25, 26], ids=["first", "second"])
+@pytest.mark.parametrize("call", [25, slow(26)], ids=["first", "second"])
 def test_test_data_is_evaluated_once_with_the_best_weights(call: int, life: Lives, tmp_path: Path) -> None:
     """Also after a kill in one of its batches; and it has no part in training."""
     command = (*SETS, f"run.root={tmp_path}")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from lives import Lives
+from marks import slow
 from omegaconf import OmegaConf
 
 from runner.build import instance
@@ -58,7 +59,7 @@ def test_the_extra_of_a_missing_package_is_named() -> None:
     assert import_hint(missing) == " Install it: pip install 'hydra-runner[trackio]'"
 
 
-@pytest.mark.parametrize("plugin", ["launcher=joblib", "launcher=slurm", "sweeper=optuna"])
+@pytest.mark.parametrize("plugin", ["launcher=joblib", slow("launcher=slurm"), slow("sweeper=optuna")])
 def test_the_extra_of_a_missing_plugin_is_named(plugin: str, tmp_path: Path) -> None:
     """Without any plugin of Hydra, as where only the package itself is installed."""
     code = "import sys; sys.modules['hydra_plugins'] = None; from runner.__main__ import main; sys.exit(main())"

@@ -10,6 +10,7 @@ from pathlib import Path
 import fsspec
 import pytest
 from lives import LAST, Lives
+from marks import slow
 from servers import Server
 from waiting import until
 
@@ -162,7 +163,7 @@ def test_a_wait_for_the_export_obeys_signals_and_takeovers(tmp_path: Path, monke
         one.end("finished")
 
 
-@pytest.mark.parametrize("kind", ["local", "s3"])
+@pytest.mark.parametrize("kind", ["local", slow("s3")])
 def test_a_finished_run_without_its_weights_makes_them_again(
     kind: str, life: Lives, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from lives import Lives
+from marks import slow
 from results import metric_lines, results
 from waiting import until
 
@@ -238,7 +239,7 @@ sys.exit(main())
     assert len([*(tmp_path / "smoke/r/attempts").iterdir()]) <= 5  # claim, lock, beat, code, end
 
 
-@pytest.mark.parametrize("operation", [30, 60, 90])
+@pytest.mark.parametrize("operation", [slow(30), 60, slow(90)])
 def test_a_full_disk_loses_nothing(operation: int, life: Lives, tmp_path: Path) -> None:
     command = (*COMMAND, f"run.root={tmp_path}")
     assert life(*command, "run.name=whole").status == 0

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from crews import Crews
 from lives import Ended, Lives
+from marks import slow
 from results import metric_lines
 
 from runner.callbacks.base import Callback, Loop, Observer, methods_for, notify, observed_by, observers
@@ -81,7 +82,7 @@ def test_an_error_after_a_commit_ends_training_and_keeps_it(run: Run, tmp_path: 
     assert (ended.status, "resumed from step" in ended.output) == (0, True), ended.output
 
 
-@pytest.mark.parametrize("moment", ["on_commit", "on_step", "on_save"])
+@pytest.mark.parametrize("moment", ["on_commit", slow("on_step"), slow("on_save")])
 def test_sys_exit_in_a_moment_is_an_error(moment: str, run: Run) -> None:
     ended = run("+callbacks.exits._target_=mine.callbacks.Exits", f"+callbacks.exits.at={moment}")
     assert (ended.status, "sys.exit('enough') was called in the run" in ended.output) == (1, True), ended.output
@@ -105,7 +106,7 @@ def test_a_callbacks_metric_that_is_no_number_is_named(run: Run) -> None:
     assert (ended.status, message in ended.output) == (1, True), ended.output
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [slow(0), 1])
 def test_an_error_after_a_commit_on_one_rank_ends_all(rank: int, crew: Crews, tmp_path: Path) -> None:
     mirror = f"+callbacks.mirror={{_target_: mine.callbacks.FailsToMirror, step: 2, rank: {rank}}}"
     command = ("experiment=smoke", "trainer.max_steps=40", "checkpoint.every_steps=2", "runtime.parallel=ddp")

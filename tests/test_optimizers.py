@@ -7,6 +7,7 @@ import pytest
 import torch
 from crews import Crews
 from lives import Lives
+from marks import quick_first, slow
 from results import metric_lines, results
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -214,7 +215,7 @@ def test_groups_have_their_own_settings() -> None:
     assert table(torch.optim.SGD(model.parameters(), lr=1.0)) == ""
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quick_first(KINDS, "everything", "two schedules"))
 def test_killed_optimizers_are_the_undisturbed_ones(kind: str, life: Lives, tmp_path: Path) -> None:
     command = (*COMMAND, *KINDS[kind], f"run.root={tmp_path}")
     ended = life(*command, "run.name=whole")
@@ -227,7 +228,7 @@ def test_killed_optimizers_are_the_undisturbed_ones(kind: str, life: Lives, tmp_
     assert main(["audit", str(tmp_path / "gan/cut")]) == 0
 
 
-@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+@pytest.mark.parametrize("layout", [slow("ddp"), "fsdp"])
 def test_several_processes_train_with_several_optimizers(layout: str, crew: Crews, tmp_path: Path) -> None:
     command = (*COMMAND, f"runtime.parallel={layout}", "trainer.accumulate=4", "trainer.clip_norm=0.5")
     command = (*command, f"run.root={tmp_path}", "trainer.max_steps=10")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from lives import Lives
+from marks import slow
 
 from runner.config.identity import value_digest
 from runner.storage.local import LocalLocation
@@ -74,8 +75,9 @@ COMMITS = (1, 7, 20, 22, 31, 33)  # the study is made; trials are drawn and told
 @pytest.mark.parametrize(
     ("jobs", "kills"),
     [
-        (1, [{"operation": 20}, *({"commit": number} for number in COMMITS)]),
-        (2, [{"operation": 60}, {"commit": 38}]),
+        (1, [{"operation": 20}, {"commit": 22}]),
+        slow(1, [{"commit": number} for number in COMMITS]),
+        slow(2, [{"operation": 60}, {"commit": 38}]),
     ],
 )
 def test_a_killed_study_resumes_to_the_undisturbed_study(
@@ -111,6 +113,7 @@ def test_a_study_has_the_values_of_single_runs_and_the_best(
     assert len(trials(tmp_path / "smoke/optuna.sqlite3")) == 4
 
 
+@pytest.mark.slow
 def test_an_interrupted_trial_is_not_a_failure(life: Lives, undisturbed: Callable[..., Trials], tmp_path: Path) -> None:
     command = (*STUDY, "hydra.sweeper.n_jobs=1", f"run.root={tmp_path}")
     ended = life(*command, commit=40, send=signal.SIGTERM)
@@ -120,6 +123,7 @@ def test_an_interrupted_trial_is_not_a_failure(life: Lives, undisturbed: Callabl
     assert trials(tmp_path / "smoke/optuna.sqlite3") == undisturbed("hydra.sweeper.n_jobs=1")
 
 
+@pytest.mark.slow
 def test_a_failing_trial_is_reported_and_the_sweep_goes_on(life: Lives, tmp_path: Path) -> None:
     command = (*STUDY[:3], *SHORT, "optimizer=sgd", f"run.root={tmp_path}", "hydra.sweeper.n_trials=6", "seed=1")
     ended = life(*command, "optimizer.lr=-1,0.01,1e30")  # refused by the optimizer; works; diverges
@@ -142,6 +146,7 @@ def test_a_trial_of_a_failed_run_is_reported_with_its_cause(life: Lives, tmp_pat
     assert "Failed experiment: ConfigError: optimizer: " in ended.output
 
 
+@pytest.mark.slow
 def test_a_trial_of_another_search_space_is_closed(life: Lives, tmp_path: Path) -> None:
     command = (*STUDY[:4], *SHORT, f"run.root={tmp_path}", "hydra.sweeper.study_name=mine")
     ended = life(*command, "optimizer.lrr=interval(1e-4,1e-1)")
@@ -196,6 +201,7 @@ def test_a_study_is_of_one_process(life: Lives, tmp_path: Path) -> None:
     assert life(*command).status == 0
 
 
+@pytest.mark.slow
 def test_a_study_is_of_one_kind_of_search_for_each_key(life: Lives, tmp_path: Path) -> None:
     command = (*STUDY[:4], *SHORT, f"run.root={tmp_path}", "hydra.sweeper.study_name=mine")
     assert life(*command, "optimizer.lr=0.1,0.2").status == 0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from lives import Lives
+from marks import slow
 from results import results
 from safetensors.torch import load_file
 from torch import nn
@@ -76,7 +77,7 @@ def test_a_child_of_all_goes_on_where_its_parent_was(life: Lives, parent: Path, 
     assert main(["audit", str(tmp_path / "smoke/child")]) == 0
 
 
-@pytest.mark.parametrize("inherit", ["model", "all"])
+@pytest.mark.parametrize("inherit", [slow("model"), "all"])
 def test_a_child_goes_on_without_the_commit_that_it_began_from(
     inherit: str, life: Lives, parent: Path, tmp_path: Path
 ) -> None:
@@ -182,6 +183,7 @@ def test_a_parent_without_a_good_checkpoint_begins_nothing(life: Lives, parent: 
     assert not (tmp_path / "smoke/c/run.json").exists()
 
 
+@pytest.mark.slow
 def test_a_child_goes_on_in_a_copy_of_the_project(life: Lives, parent: Path, tmp_path: Path) -> None:
     command = (*COMMAND, "run.parent=outputs/smoke/p", "trainer.max_steps=20")
     shutil.copytree(parent, tmp_path / "a/outputs/smoke/p")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from crews import Crews
 from lives import USER, Lives
+from marks import slow
 from results import results
 from safetensors.torch import load_file, save_file
 
@@ -34,7 +35,7 @@ def folder(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["file", "folder", "wrapped", "half"])
+@pytest.mark.parametrize("kind", ["folder", *(slow(n) for n in ("file", "wrapped", "half"))])
 def test_a_run_begins_with_the_weights_of_a_file(kind: str, life: Lives, tmp_path: Path) -> None:
     """Whatever torch.compile and DDP put before the names."""
     expected = weights()
@@ -97,7 +98,10 @@ def test_weights_of_another_head_are_left_out(life: Lives, tmp_path: Path) -> No
     assert (ended.status, "not used, of the parent: extra.bias [3]\n" in ended.output) == (0, True), ended.output
 
 
-@pytest.mark.parametrize(("dtype", "kind"), [(torch.int32, "integers"), (torch.complex64, "complex")])
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [(torch.int32, "integers"), slow(torch.complex64, "complex")],
+)
 def test_numbers_of_another_kind_are_not_converted(dtype: torch.dtype, kind: str, life: Lives, tmp_path: Path) -> None:
     name = "layers.4.bias"
     save_file({**weights(), name: weights()[name].to(dtype)}, tmp_path / "w.safetensors")
@@ -138,7 +142,7 @@ def test_a_weight_that_is_used_twice_may_be_saved_once(life: Lives, tmp_path: Pa
     assert torch.equal(found["head.weight"], saved["tokens.weight"])
 
 
-@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+@pytest.mark.parametrize("layout", [slow("ddp"), "fsdp"])
 def test_several_processes_begin_with_the_weights(layout: str, crew: Crews, tmp_path: Path) -> None:
     path = folder(tmp_path / "hf", weights(outputs=3))
     command = (*COMMAND, *STILL, f"run.root={tmp_path}", f"runtime.parallel={layout}", "run.name=c")

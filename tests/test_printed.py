@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from lives import Ended, Lives
+from marks import slow
 
 from runner.runs.__main__ import main
 
@@ -24,7 +25,7 @@ def pasted(line: str, life: Lives) -> Ended:
     return life(*words[1:])
 
 
-@pytest.mark.parametrize("name", ["lr=1,seed=2", "base~1a2b3c4d", "x" * 160])
+@pytest.mark.parametrize("name", ["lr=1,seed=2", slow("base~1a2b3c4d"), slow("x" * 160)])
 def test_the_ways_out_of_drift_can_be_pasted(name: str, life: Lives, tmp_path: Path) -> None:
     command = (*COMMAND, f"run.root={tmp_path}/a b", f"run.name={name}")
     quoted = (*command[:-2], f'run.root="{tmp_path}/a b"', command[-1])

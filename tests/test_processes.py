@@ -13,6 +13,7 @@ import pytest
 import torch
 from crews import Crews, Ended
 from lives import Lives
+from marks import slow
 from results import Results, metric_lines, results
 from safetensors.torch import load_file
 from waiting import until
@@ -124,7 +125,7 @@ def test_random_kills_change_nothing(name: str, crew: Crews, tmp_path: Path, uni
 
 
 @pytest.mark.parametrize(
-    ("name", "victim"), [("ddp", 0), ("fsdp", 1), pytest.param("three", 2, marks=pytest.mark.campaign)]
+    ("name", "victim"), [("ddp", 0), slow("fsdp", 1), pytest.param("three", 2, marks=pytest.mark.campaign)]
 )
 def test_a_dying_rank_ends_the_others_and_costs_nothing(
     name: str, victim: int, crew: Crews, tmp_path: Path, uninterrupted: Uninterrupted
@@ -141,7 +142,7 @@ def test_a_dying_rank_ends_the_others_and_costs_nothing(
     assert not results(folder(tmp_path, "cut")).differences(uninterrupted(name)[0])
 
 
-@pytest.mark.parametrize("layout", [DDP, FSDP])
+@pytest.mark.parametrize("layout", [slow(DDP), FSDP])
 def test_many_restore_a_structure_that_training_changed(layout: str, crew: Crews, tmp_path: Path) -> None:
     """A group of the optimizer that a task added, and buffers that grow."""
     task = ("task._target_=mine.growing.Changes", "+task.what=add", "~task.label_smoothing")
@@ -166,7 +167,7 @@ def test_a_signal_to_any_rank_stops_all_after_the_same_step(
     assert not results(folder(tmp_path, "stopped")).differences(uninterrupted("ddp")[0])
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [slow(0), 1])
 def test_a_signal_while_one_rank_waits_for_data_is_no_failure(rank: int, crew: Crews, tmp_path: Path) -> None:
     size, *command = LAYOUTS["ddp"]
     data = ("data.train._target_=mine.data.Stalls", f"+data.train.rank={rank}", f"+data.train.mark={tmp_path}/mark")
@@ -177,7 +178,7 @@ def test_a_signal_while_one_rank_waits_for_data_is_no_failure(rank: int, crew: C
     assert end["outcome"] == "interrupted", end
 
 
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("stopped", [0, slow(1)])
 def test_a_stopped_rank_is_found_and_named(stopped: int, crew: Crews, tmp_path: Path) -> None:
     size, *command = LAYOUTS["ddp"]
     more = (f"run.root={tmp_path}", "run.name=stop", "runtime.timeout=3", "checkpoint.every_steps=1")
@@ -286,7 +287,7 @@ def test_a_run_is_the_same_in_all_layouts_up_to_rounding(life: Lives, crew: Crew
             torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("layout", [DDP, FSDP])
+@pytest.mark.parametrize("layout", [slow(DDP), FSDP])
 def test_weights_that_were_built_frozen_are_trained_by_all(
     layout: str, life: Lives, crew: Crews, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 
 import pytest
 from lives import Lives
+from marks import quick_first, slow
 from results import metric_lines, results
 from safetensors.torch import load_file
 
@@ -41,7 +42,7 @@ def rates(run: Path) -> list[float]:
     return [line["train/lr"] for line in metric_lines(run) if "train/lr" in line]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quick_first(KINDS, "plateau", "closure", "collator"))
 def test_a_killed_program_is_the_undisturbed_program(kind: str, life: Lives, tmp_path: Path) -> None:
     command = (*COMMAND, *KINDS[kind], f"run.root={tmp_path}", "metrics.every_steps=1")
     ended = life(*command, "run.name=whole", cwd=USER)
@@ -54,7 +55,11 @@ def test_a_killed_program_is_the_undisturbed_program(kind: str, life: Lives, tmp
 
 
 @pytest.mark.parametrize(
-    "setting", ["trainer.clip_norm=1", "trainer.ema_decay=0.9", "trainer.precision=fp16", "trainer.on_nonfinite=skip"]
+    "setting",
+    [
+        "trainer.clip_norm=1",
+        *map(slow, ("trainer.ema_decay=0.9", "trainer.precision=fp16", "trainer.on_nonfinite=skip")),
+    ],
 )
 def test_a_step_that_leaves_settings_out_is_refused(setting: str, life: Lives, tmp_path: Path) -> None:
     ended = life(*COMMAND, *KINDS["closure"], f"run.root={tmp_path}", setting, cwd=USER)
@@ -105,7 +110,7 @@ def test_a_plateau_is_measured_by_the_objective(life: Lives, tmp_path: Path) -> 
     assert later[-1] == pytest.approx(rate * 0.1**3, rel=1e-9)
 
 
-@pytest.mark.parametrize("steps", ["null", "200"])
+@pytest.mark.parametrize("steps", ["null", slow("200")])
 def test_a_schedule_ends_with_the_last_epoch(steps: str, life: Lives, tmp_path: Path) -> None:
     """Two epochs of 1,437 samples are 45 steps of 64; the rate of step 45 is the last before 0."""
     options = ("scheduler=warmup_cosine", "scheduler.warmup_steps=4", f"trainer.max_steps={steps}")

@@ -16,6 +16,7 @@ import pytest
 import servers
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
+from marks import slow
 from servers import Server
 from waiting import until
 
@@ -184,7 +185,7 @@ def silent(kind: str, port: int) -> tuple[str, dict[str, Any]]:
     return f"sftp://nobody@127.0.0.1:{port}/x" if kind == "sftp" else "stuck://x", {}
 
 
-@pytest.mark.parametrize("kind", ["s3", "sftp", "stuck"])
+@pytest.mark.parametrize("kind", ["s3", slow("sftp"), slow("stuck")])
 def test_an_abandoned_operation_does_not_keep_the_process(kind: str) -> None:
     code = """
 import ast, sys, time, fsspec

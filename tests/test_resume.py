@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from lives import LAST, Lives
+from marks import quick_first, slow
 from results import Results, results
 
 from runner.checkpoint import manifest
@@ -133,7 +134,7 @@ def test_a_kill_at_any_storage_operation_changes_nothing(
     assert operation > 90, "the mines were not laid"
 
 
-@pytest.mark.parametrize("cuts", [(23,), (22, 23, 24), (1, 22, 45), (44, 45, 46)], ids=str)
+@pytest.mark.parametrize("cuts", [slow((23,)), (22, 23, 24), slow((1, 22, 45)), slow((44, 45, 46))], ids=str)
 def test_cuts_around_the_border_of_an_epoch_change_nothing(
     cuts: tuple[int, ...], life: Lives, tmp_path: Path, uninterrupted: Uninterrupted
 ) -> None:
@@ -181,7 +182,7 @@ def test_all_parts_together_survive_kills(life: Lives, tmp_path: Path, uninterru
     assert not results(run(life, tmp_path, EVERYTHING, "run.name=r")).differences(expected)
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", quick_first(PARTS, "optimizer", "data", "generators", "callback.early_stopping"))
 def test_every_part_is_necessary(part: str, life: Lives, tmp_path: Path, uninterrupted: Uninterrupted) -> None:
     """The mutant that forgets one part, in saving and in loading, gives another result (or cannot even finish)."""
     more = (f"run.root={tmp_path}", "run.name=mutant")
@@ -199,13 +200,13 @@ def test_every_part_is_necessary(part: str, life: Lives, tmp_path: Path, uninter
 @pytest.mark.parametrize(
     "settings",
     [
-        ("trainer.precision=bf16",),
+        slow(("trainer.precision=bf16",)),
         ("trainer.precision=fp16",),
-        ("trainer.accumulate=4",),
+        slow(("trainer.accumulate=4",)),
         ("data.tail=drop", "data.batch_size=100"),
         ("data.randomness=batch",),
-        ("optimizer=sgd",),
-        ("trainer.max_steps=null", "trainer.max_epochs=2", "trainer.evaluate_every_epochs=1"),
+        slow(("optimizer=sgd",)),
+        slow(("trainer.max_steps=null", "trainer.max_epochs=2", "trainer.evaluate_every_epochs=1")),
     ],
     ids=lambda settings: settings[0],
 )
@@ -229,7 +230,7 @@ def test_state_in_unusual_forms_survives_a_kill(life: Lives, tmp_path: Path) -> 
     assert not results(tmp_path / "odd/cut").differences(expected)
 
 
-@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("start_method", [slow("spawn"), "forkserver"])
 def test_another_start_method_changes_nothing(
     start_method: str, life: Lives, tmp_path: Path, uninterrupted: Uninterrupted
 ) -> None:

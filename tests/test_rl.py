@@ -10,6 +10,7 @@ import pytest
 import torch
 from crews import Crews
 from lives import Lives
+from marks import quick_first
 from mine.rewards import now_and_then, spread
 from results import results
 from safetensors.torch import load_file
@@ -352,7 +353,7 @@ def ledger(run: Path) -> dict[int, str]:
     return {int(line.split()[0]): line for line in lines}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", quick_first(WAYS, "surplus"))
 def test_a_killed_run_is_the_undisturbed_run(way: str, life: Lives, tmp_path: Path) -> None:
     command = (*SMALL, *WAYS[way], f"run.root={tmp_path}")
     assert (whole := life(*command, "run.name=whole", cwd=USER)).status == 0, whole.output

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from lives import Ended, Lives
+from marks import slow
 
 from runner.config.secrets import find_secrets
 from runner.errors import RunnerError
@@ -267,7 +268,7 @@ def test_a_secret_among_the_values_of_a_sweep_is_refused(nest: Nest) -> None:
         assert not nest.root.exists()
 
 
-@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize("asked", [slow(True), False])
 def test_a_record_does_not_choose_whom_a_command_calls(asked: bool, life: Lives, tmp_path: Path) -> None:
     """A store is called with the user's keys: the parent that the command names is taken, or none."""
     command = ("experiment=smoke", f"run.root={tmp_path}", "trainer.max_steps=4", "checkpoint.every_steps=2")

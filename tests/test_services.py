@@ -18,6 +18,7 @@ from urllib.request import urlopen
 
 import pytest
 from lives import Lives
+from marks import slow
 from results import metric_lines, results
 from servers import free_ports
 from waiting import until
@@ -235,7 +236,7 @@ def answers(url: str) -> bool:
     return False
 
 
-@pytest.mark.parametrize("name", ["wandb", "trackio"])
+@pytest.mark.parametrize("name", [slow("wandb"), "trackio"])
 def test_other_trackers_have_each_point_once(name: str, life: Lives, tmp_path: Path) -> None:
     """With the real packages, which are not among those of the development environment: on this machine, offline."""
     pytest.importorskip(name)

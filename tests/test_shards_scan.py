@@ -11,6 +11,7 @@ from typing import Any
 
 import fsspec
 import pytest
+from marks import slow
 from waiting import until
 
 from runner.errors import DataError
@@ -151,7 +152,7 @@ def long_scan(tmp_path: Path) -> tuple[Path, list[str]]:
     return data, [sys.executable, "-c", slow, str(data), "--out", f"{data}/shards.json", "--jobs", "2"]
 
 
-@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("ending", [signal.SIGKILL, slow(signal.SIGINT)])
 def test_a_scan_that_is_cut_goes_on_to_the_same_manifest(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], ending: int
 ) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from lives import Lives
+from marks import slow
 from results import results
 
 from runner.run import attempts
@@ -33,7 +34,7 @@ def stops(during: str, call: int, number: int) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP], ids=str
+    "number", [signal.SIGTERM, signal.SIGINT, *map(slow, (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP))], ids=str
 )
 def test_a_signal_commits_the_step_and_leaves_with_75(number: signal.Signals, life: Lives, tmp_path: Path) -> None:
     command = (*stops("training", 17, number), f"run.root={tmp_path}", "run.name=r")
@@ -70,7 +71,7 @@ def test_under_nohup_the_end_of_a_session_is_ignored() -> None:
     assert ended.stdout == "None\n"
 
 
-@pytest.mark.parametrize(("call", "step", "times"), [(1, 10, 2), (2, 10, 2), (14, 40, 1)])
+@pytest.mark.parametrize(("call", "step", "times"), [slow(1, 10, 2), (2, 10, 2), slow(14, 40, 1)])
 def test_a_signal_during_evaluation_keeps_the_step(
     call: int, step: int, times: int, life: Lives, tmp_path: Path
 ) -> None:

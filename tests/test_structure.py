@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from lives import Lives
+from marks import slow
 from results import results
 
 from runner.checkpoint.manifest import seal, unseal
@@ -41,7 +42,7 @@ def test_a_changed_structure_is_restored(settings: tuple[str, ...], life: Lives,
     assert not results(tmp_path / "smoke/cut").differences(results(tmp_path / "smoke/whole"))
 
 
-@pytest.mark.parametrize("eager", [False, True], ids=["by hand", "also by its own code for loading"])
+@pytest.mark.parametrize("eager", [False, slow(True)], ids=["by hand", "also by its own code for loading"])
 def test_a_layer_made_in_the_first_forward(eager: bool, life: Lives, tmp_path: Path) -> None:
     """Refused at the first save, unless the model makes it for a state that has it."""
     kind = "Makes" if eager else "Lazy"

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from lives import Lives
+from marks import slow
 from results import results
 from servers import Server
 
@@ -135,7 +136,7 @@ def test_two_jobs_of_the_same_name_are_refused_before_any(
         assert [*runs(tmp_path)] == ["NAME-1", "NAME-2"]
 
 
-@pytest.mark.parametrize("twice", ["runtime.num_workers=0,1", "optimizer.lr=1,1.0", "seed=1,1"])
+@pytest.mark.parametrize("twice", ["runtime.num_workers=0,1", slow("optimizer.lr=1,1.0"), slow("seed=1,1")])
 def test_jobs_that_compute_the_same_are_one_row(twice: str, life: Lives, tmp_path: Path) -> None:
     ended = life(*COMMAND, twice, "trainer.max_steps=2", f"run.root={tmp_path}")
     assert ended.status == 0, ended.output
@@ -182,7 +183,7 @@ def test_drift_is_reported_and_the_others_run(life: Lives, tmp_path: Path) -> No
     assert (runs(tmp_path)["r3"] / "result.json").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
+@pytest.mark.parametrize("number", [signal.SIGTERM, slow(signal.SIGINT)], ids=str)
 def test_a_signal_commits_starts_no_more_and_leaves_with_75(
     number: signal.Signals, life: Lives, tmp_path: Path
 ) -> None:
@@ -221,7 +222,7 @@ print("counted", status, dict(verbs), "torch" in sys.modules)
     assert again.endswith("counted 0 {'read': 3, 'list': 3} False\n")
 
 
-@pytest.mark.parametrize("kind", ["disk", "s3"])
+@pytest.mark.parametrize("kind", ["disk", slow("s3")])
 def test_a_sweep_started_twice_executes_every_run_once(
     kind: str, life: Lives, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

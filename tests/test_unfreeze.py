@@ -7,6 +7,7 @@ import pytest
 import torch
 from crews import Crews
 from lives import Lives
+from marks import slow
 from results import results
 
 from runner.callbacks.unfreeze import Unfreeze
@@ -56,7 +57,7 @@ def test_a_resume_freezes_what_the_saved_step_had_frozen() -> None:
     assert [layer.weight.requires_grad for layer in model] == [True, True]
 
 
-@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+@pytest.mark.parametrize("layout", [slow("ddp"), "fsdp"])
 def test_several_processes_thaw_alike(layout: str, life: Lives, crew: Crews, tmp_path: Path) -> None:
     """As one process does, up to rounding; and to the bit after a kill."""
     command = (*COMMAND, f"run.root={tmp_path}", "model.dropout=0.0")

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from lives import Lives
+from marks import slow
 from omegaconf import OmegaConf
 from results import results
 from torch.utils.data import IterableDataset, get_worker_info
@@ -278,7 +279,7 @@ print(len([p for p in multiprocessing.active_children() if p.is_alive()]), "left
 
 
 @pytest.mark.parametrize(
-    ("method", "more"), [("fork", 12), ("fork", 20), pytest.param("spawn", 12, marks=pytest.mark.campaign)]
+    ("method", "more"), [("fork", 12), slow("fork", 20), pytest.param("spawn", 12, marks=pytest.mark.campaign)]
 )
 def test_too_few_open_files_end_with_the_remedy(method: str, more: int) -> None:
     ended = python(FEW, method, str(more))
@@ -379,7 +380,7 @@ threading.Event().wait()
 
 
 @pytest.mark.parametrize("stuck", [False, True], ids=["waiting", "stuck in C"])
-@pytest.mark.parametrize("numbers", ["TERM TERM", "INT TERM", "TERM INT"])
+@pytest.mark.parametrize("numbers", ["TERM TERM", slow("INT TERM"), slow("TERM INT")])
 def test_a_second_signal_ends_the_process_whatever_it_does(numbers: str, stuck: bool) -> None:
     process = subprocess.Popen([sys.executable, "-c", STUCK.format(stuck=stuck)], stdout=subprocess.PIPE, cwd=ROOT)
     assert process.stdout

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from lives import Lives
+from marks import slow
 from results import metric_lines, results
 
 from runner.checkpoint.manifest import commits
@@ -72,7 +73,7 @@ def test_a_writer_that_cannot_be_used_is_refused(name: str, life: Lives, tmp_pat
     assert "Traceback" not in ended.output
 
 
-@pytest.mark.parametrize("method", ["add", "mark", "flush"])
+@pytest.mark.parametrize("method", ["add", slow("mark"), slow("flush")])
 def test_an_error_of_a_writer_names_it(method: str, life: Lives, tmp_path: Path) -> None:
     target = f"+metrics.writers.w={{_target_: mine.writers.FailingWriter, method: {method}, error: KeyError}}"
     command = (*COMMON, f"run.root={tmp_path}", "run.name=r")
