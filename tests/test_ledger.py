@@ -356,7 +356,7 @@ def test_positions_that_other_groups_moved_are_not_compared(location: LocalLocat
 
 def test_a_flush_reaches_every_journal() -> None:
     location = open_location("memory://journals/run")
-    journals = JournalChain(location)
+    journals = JournalChain(location.journal)
     for name, head, rest in (("a", b"1", b"2"), ("b", b"3", b"45")):
         journals.begin(name, head)
         journals.append(rest)

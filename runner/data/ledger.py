@@ -128,7 +128,7 @@ class Ledger:
         self._recipe = recipe
         self._accept = accept
         self._header = {"plan": json_digest(recipe, sort_keys=True), "grouping": grouping}
-        self._journals = JournalChain(location)
+        self._journals = JournalChain(location.journal)
         self._earlier: dict[int, tuple[LedgerLine, int]] = {}  # step -> its newest line, and the attempt
 
     def open(self, step: int) -> None:

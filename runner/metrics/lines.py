@@ -11,15 +11,14 @@ import json
 import math
 import re
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
 from runner.metrics.writer import MetricWriter, WriterContext
 from runner.plain import parse
-from runner.storage.location import Location
+from runner.storage.location import BufferedJournal, JournalChain, Location
 
 TIME = "time/unix"  # the tag of the moment at which a line was added, in seconds since 1970
 _FOLDER = "metrics"
@@ -35,7 +34,7 @@ class LinesWriter(MetricWriter):
     def __init__(self, context: WriterContext) -> None:
         self._location = context.location
         self._attempt = context.attempt
-        self._segments: deque[_Segment] = deque()  # the last one grows; the others wait for their flush
+        self._journals = JournalChain(partial(BufferedJournal, self._location))
         end = context.mark
         last = _key(end["segment"]) if end else None
         for entry in self._location.list(_FOLDER):
@@ -49,30 +48,20 @@ class LinesWriter(MetricWriter):
         numbers = {tag: value for tag, value in values.items() if not isinstance(value, str)}
         finite = {tag: value if math.isfinite(value) else None for tag, value in numbers.items()}
         line = json.dumps({"step": step, **finite, TIME: round(time.time(), 3)}).encode() + b"\n"
-        segment = self._segments[-1]
-        segment.lines.append(line)
-        segment.size += len(line)
-        if segment.size > MAX_SEGMENT_BYTES:
+        self._journals.append(line)
+        self._lines += 1
+        if self._journals.size > MAX_SEGMENT_BYTES:
             self._begin(step)
 
     def mark(self, step: int) -> dict[str, Any]:
         """The segment, and the number of its lines, up to which ``flush`` makes the lines durable."""
-        segment = self._segments[-1]
-        end = {"segment": segment.name, "lines": len(segment.lines)}
-        if segment.size > SEGMENT_BYTES:
+        end = {"segment": self._segment, "lines": self._lines}
+        if self._journals.size > SEGMENT_BYTES:
             self._begin(step)
         return end
 
     def flush(self) -> None:
-        while True:
-            segment, full = self._segments[0], len(self._segments) > 1
-            lines = segment.lines[:]
-            if len(lines) > segment.written:
-                self._location.replace(f"{_FOLDER}/{segment.name}", lines)
-                segment.written = len(lines)
-            if not full:
-                return
-            self._segments.popleft()
+        self._journals.flush()
 
     def _cut(self, name: str, keep: int) -> None:
         lines = _read(self._location, name) if keep else []
@@ -82,17 +71,8 @@ class LinesWriter(MetricWriter):
             self._location.replace(name, lines[:keep])
 
     def _begin(self, step: int) -> None:
-        self._segments.append(_Segment(f"s{step:09d}-a{self._attempt:06d}.jsonl"))
-
-
-@dataclass(slots=True)
-class _Segment:
-    """A file of lines; ``written`` of them are durable."""
-
-    name: str
-    lines: list[bytes] = field(default_factory=list)
-    size: int = 0
-    written: int = 0
+        self._segment, self._lines = f"s{step:09d}-a{self._attempt:06d}.jsonl", 0
+        self._journals.begin(f"{_FOLDER}/{self._segment}", b"")
 
 
 def read(location: Location) -> Iterator[dict[str, Any]]:

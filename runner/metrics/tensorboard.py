@@ -41,7 +41,7 @@ class TensorBoardWriter(MetricWriter):
         write_hparams(context.location, context.experiment, context.hyperparameters, finished=False)
         self._attempt = context.attempt
         self._step = context.step
-        self._journals = JournalChain(context.location)
+        self._journals = JournalChain(context.location.journal)
         self._files = 0
         self._hides_older = False  # whether the event that hides older points is written
         # TensorBoard reads files in the order of their names, and older attempts must not hide the points of this one:

@@ -6,8 +6,9 @@ named. No other package depends on the implementation.
 
 import os
 import re
+import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -158,22 +159,49 @@ def local_folder(root: str) -> str:
     return local_root(root)
 
 
+class BufferedJournal:
+    """A journal in memory, of which each ``sync`` writes the whole object. The rest dies with the process."""
+
+    def __init__(self, location: Location, name: str) -> None:
+        self._location, self._name = location, name
+        self._data = bytearray()
+        self._synced_bytes = 0
+        self._append_lock = threading.Lock()
+        self._sync_lock = threading.Lock()
+
+    def append(self, data: bytes) -> None:
+        with self._append_lock:
+            self._data += data
+
+    def sync(self) -> None:
+        with self._sync_lock:
+            with self._append_lock:
+                data = bytes(self._data)
+            if len(data) != self._synced_bytes:
+                self._location.replace(self._name, [data])
+                self._synced_bytes = len(data)
+
+    def close(self) -> None:
+        pass
+
+
 class JournalChain:
-    """A growing record in several journals, one after the other, so that none grows without end.
+    """A growing record in several journals, one after the other, so that none grows without end. ``make`` makes a
+    journal of a name.
 
     ``size`` is the number of bytes appended to the last journal since it was begun. One thread may call ``flush`` while
     another calls ``begin`` and ``append``.
     """
 
-    def __init__(self, location: Location) -> None:
+    def __init__(self, make: Callable[[str], Journal]) -> None:
         self.size = 0
-        self._location = location
+        self._make = make
         self._open: deque[Journal] = deque()  # the last journal grows; earlier journals wait to be flushed
 
     @doing("saves")
     def begin(self, name: str, head: bytes) -> None:
         """Start a new journal with ``head``. If this raises StorageError, ``append`` continues with the last one."""
-        journal = self._location.journal(name)
+        journal = self._make(name)
         journal.append(head)
         self._open.append(journal)
         self.size = 0

@@ -7,7 +7,6 @@ import itertools
 import os
 import secrets
 import tempfile
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,34 +16,7 @@ from runner.errors import StorageError
 from runner.hashing import sha256_digest
 from runner.storage.backend import Backend, write_timeout
 from runner.storage.local import LEFTOVER_SECONDS, TEMPORARY, LocalLocation
-from runner.storage.location import Buffer, Entry, Location, Lock, check_name
-
-
-class UploadedJournal:
-    """A growing object in memory, uploaded as a whole by each ``sync``. The rest dies with the process."""
-
-    def __init__(self, location: Location, name: str) -> None:
-        self._location, self._name = location, name
-        self._data = bytearray()
-        self._synced_bytes = -1
-        self._append_lock = threading.Lock()
-        self._upload_lock = threading.Lock()
-
-    def append(self, data: bytes) -> None:
-        with self._append_lock:
-            self._data += data
-
-    def sync(self) -> None:
-        with self._upload_lock:
-            with self._append_lock:
-                data = bytes(self._data)
-            if len(data) != self._synced_bytes:
-                self._location.replace(self._name, [data])
-                self._synced_bytes = len(data)
-
-    def close(self) -> None:
-        pass
-
+from runner.storage.location import Buffer, BufferedJournal, Entry, Lock, check_name
 
 MEMORY_BYTES = 64 << 20  # larger uploads go through a temporary file
 
@@ -74,8 +46,8 @@ class RemoteLocation:
     def replace(self, name: str, chunks: Iterable[Buffer], *, durable: bool = True) -> None:
         self.put(name, chunks)  # atomic on every kind of store
 
-    def journal(self, name: str) -> UploadedJournal:
-        return UploadedJournal(self, check_name(name))
+    def journal(self, name: str) -> BufferedJournal:
+        return BufferedJournal(self, check_name(name))
 
     def read(self, name: str, *, limit: int) -> bytes | None:
         path = self._path(name)
