@@ -662,7 +662,7 @@ def test_the_page_is_whole_and_asks_nobody(servers: Servers, scratch: Path) -> N
     assert shown.count("<polyline") == 2
     assert "http" not in shown.replace("http-equiv", "")
     assert "<script" not in shown
-    assert "note     trainer.max_seconds was left out" in shown
+    assert "<dt>note</dt><dd>trainer.max_seconds was left out" in shown
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,8 @@
 """A verdict as one HTML file without scripts and links: cause and remedy, the loss of both runs, and all attempts."""
 
 import math
-import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 
 from runner.errors import printable
@@ -15,18 +14,12 @@ from runner.verify.proof import Verdict
 _WIDTH, _HEIGHT, _LEFT, _RIGHT = 480, 220, 52, 14  # pixels of the picture, and its margins
 _PARTS = 4  # into which each axis is divided
 _RUNS = (("#0072b2", 5, "without kills"), ("#d55e00", 1.5, "with kills"))  # distinct for the colour-blind, too
-_DIGEST = re.compile(r"\b[0-9a-f]{8,}\b")
-_COMPARED = (
-    "Compared to the bit: losses, gradients and samples of every step, states, checkpoints, evaluations, metric lines "
-    "and final weights."
-)
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 1.5em auto; max-width: 720px; padding: 0 1em; color: #222; }
 h1 { font-size: 1.3em; } h2 { font-size: 1.05em; margin-top: 1.6em; }
 .verdict { color: white; padding: .1em .5em; border-radius: .3em; background: #1a7f37; } .fail { background: #b42318; }
-code, pre, li { overflow-wrap: anywhere; } pre { background: #f6f6f6; padding: .8em 1em; white-space: pre-wrap; }
-dt { font-weight: bold; } dd { margin: 0 0 .6em; } svg { width: 100%; height: auto; }
-svg text { font: 12px system-ui, sans-serif; fill: #444; }
+code, dd, li { overflow-wrap: anywhere; } dt { font-weight: bold; } dd { margin: 0 0 .6em; }
+svg { width: 100%; height: auto; } svg text { font: 12px system-ui, sans-serif; fill: #444; }
 """
 
 
@@ -34,6 +27,7 @@ def page(verdict: Verdict) -> str:
     """The HTML of a verdict."""
     word, says = ("PASS", "resumes exactly") if verdict.holds else ("FAIL", "does not resume exactly")
     command = _text(shlex.join(verdict.command))
+    rows = "".join(f"<dt>{label}</dt><dd>{_text(text)}</dd>" for label, text in verdict.rows())
     tried = "".join(f"<li>{_text(line)}</li>" for line in verdict.tried)
     search = f"<details><summary>How the cause was found</summary><ol>{tried}</ol></details>" if tried else ""
     return f"""<!DOCTYPE html>
@@ -42,53 +36,19 @@ def page(verdict: Verdict) -> str:
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <style>{_STYLE}</style></head><body>
 <h1><span class="verdict {word.lower()}">{word}</span> This experiment {says}.</h1>
-<dl>{"".join(f"<dt>{term}</dt><dd>{_text(text)}</dd>" for term, text in _facts(verdict) if text)}</dl>
+<dl>{rows}</dl>
 <p><code>{command}</code></p>
 <h2>Loss</h2>
 {_curves([verdict.undisturbed, verdict.killed], verdict.difference)}
 <h2>Attempts of the run with kills</h2>
 <ol>{"".join(f"<li>{summary(attempt)}</li>" for attempt in verdict.killed.attempts)}</ol>
-<h2>More</h2>
 {search}
-<details><summary>The report of the terminal</summary><pre>{escape(verdict.text())}</pre></details>
 </body></html>
 """
 
 
 def _text(text: str) -> str:
     return escape(printable(text)).replace("\n", "<br>")
-
-
-def _facts(verdict: Verdict) -> Iterable[tuple[str, str]]:
-    """Term and text, the most important first."""
-    cause, proven = verdict.cause, verdict.proven
-    if cause:
-        yield ("Cause" if cause.sure else "Probable cause"), _without_digests(cause.description)
-        yield "Remedy", cause.remedy
-        yield "Where", cause.where
-    yield "First difference", _difference(verdict.difference) if verdict.difference else ""
-    yield "Error", verdict.refusal
-    yield "Samples", "\n".join(verdict.audit[:5])
-    tried = f"{proven['kills']} kills and stops in {proven['steps']} steps, {proven['samples']} samples"
-    workers = " and ".join(map(str, proven["workers"]))
-    yield "Tried", f"{tried}, {proven['processes']} processes, {workers} data workers. {_COMPARED}"
-    yield "Notes", "\n".join(map(_without_digests, verdict.notes))
-
-
-def _difference(difference: FirstDifference) -> str:
-    values = [difference.expected, difference.actual]
-    if all(isinstance(value, int | float) for value in values):
-        how = "is {:.6g} without kills and {:.6g} with them".format(*values)
-    else:
-        how = "has other values after kills"
-    when = "right after loading the state of" if difference.restored else "in"
-    name = difference.part if difference.path == difference.part else f"{difference.part}, {difference.path},"
-    return f"{when} step {difference.step}, attempt {difference.attempt + 1}: the {name} {how}"
-
-
-def _without_digests(text: str) -> str:
-    """The same text for people: contents that are shown by a digest are only named."""
-    return _DIGEST.sub("(its contents)", text)
 
 
 def _curves(runs: Sequence[RunTrace], difference: FirstDifference | None) -> str:

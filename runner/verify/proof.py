@@ -112,7 +112,11 @@ class Verdict:
 
     def text(self) -> str:
         """The verdict for people: the result in one line, then the reasons."""
-        proven = self.proven
+        return printable("\n".join(f"{label:9}{text}".replace("\n", f"\n{'':9}") for label, text in self.rows()))
+
+    def rows(self) -> Iterator[tuple[str, str]]:
+        """The same as label and text of each row."""
+        proven, difference, cause = self.proven, self.difference, self.cause
         alone, processes = proven["kills_of_one_process"], proven["processes"]
         several = f" ({alone} of one process alone), {processes} processes" if processes > 1 else ""
         tried = (
@@ -120,40 +124,29 @@ class Verdict:
             f"{proven['samples']} samples, {' and '.join(map(str, proven['workers']))} workers, "
             f"{proven['seconds']:.0f} s"
         )
-        lines = [f"{'PASS' if self.holds else 'FAIL'}     {tried}"]
+        yield ("PASS" if self.holds else "FAIL"), tried
         if self.holds:
-            equal = f"{proven['checkpoints']} checkpoints, evaluations, metric lines and final weights."
-            lines.append(f"         {_EQUAL}\n         {equal}")
-        else:
-            lines += self._failure()
-        lines += [f"note     {note}" for note in self.notes]
-        if self.scratch:
-            lines.append(f"kept     {self.scratch}: the runs, output (*.log) and record (*.jsonl) of each attempt")
-        return printable("\n".join(lines))
-
-    def _failure(self) -> list[str]:
-        lines, difference, cause = [], self.difference, self.cause
+            yield "", f"{_EQUAL}\n{proven['checkpoints']} checkpoints, evaluations, metric lines and final weights."
         if difference is not None:
             when = "right after loading" if difference.restored else "the first that differs"
-            lines.append(f"step     {difference.step}, {when}; attempt {difference.attempt + 1}")
-            lines.append(f"part     {difference.part}: {difference.path}")
-            lines.append(f"differs  {_short(difference.expected)} undisturbed, {_short(difference.actual)} killed")
-            lines += [f"         {size}" for size in [difference.size()] if size]
+            yield "step", f"{difference.step}, {when}; attempt {difference.attempt + 1}"
+            yield "part", f"{difference.part}: {difference.path}"
+            values = f"{_short(difference.expected)} undisturbed, {_short(difference.actual)} killed"
+            yield "differs", "\n".join(filter(None, (values, difference.size())))
         if self.refusal:
-            lines.append(_indented("error    ", self.refusal))
-        lines += [f"audit    {problem}" for problem in self.audit[:5]]
-        if cause is not None:
-            lines.append(_indented("cause    " if cause.sure else "perhaps  ", cause.description))
-            lines.append(_indented("remedy   ", cause.remedy))
-            lines += [f"where    {cause.where}"] if cause.where else []
-        return lines
+            yield "error", self.refusal
+        yield from (("audit", problem) for problem in self.audit[:5])
+        if cause is not None and not self.holds:
+            yield ("cause" if cause.sure else "perhaps"), cause.description
+            yield "remedy", cause.remedy
+            if cause.where:
+                yield "where", cause.where
+        yield from (("note", note) for note in self.notes)
+        if self.scratch:
+            yield "kept", f"{self.scratch}: the runs, output (*.log) and record (*.jsonl) of each attempt"
 
 
 _EQUAL = "Equal to the bit: losses, gradients and samples of every step, the state after steps and loads,"
-
-
-def _indented(label: str, text: str) -> str:
-    return label + text.replace("\n", "\n" + " " * len(label))
 
 
 def _short(value: Any) -> str:
