@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -20,6 +20,9 @@ from crews import Crews
 from lives import Lives, lives
 
 from runner.run.attempts import Attempt
+
+if TYPE_CHECKING:
+    from judge import Judge
 
 # A shell that starts the tests in the background has them, and every process that they start, ignore Ctrl-C; nohup has
 # them ignore the end of the session.
@@ -74,6 +77,31 @@ def hearts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     for attempt in begun:
         attempt.stop_beating()
+
+
+@pytest.fixture
+def scratch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the temporary folders of this test are. Data workers have sockets there, whose paths must be short."""
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setattr("tempfile.tempdir", folder)
+        monkeypatch.setenv("TMPDIR", folder)  # for processes
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def module_judge() -> "Iterator[Judge]":
+    from judge import USER, Judge
+
+    from runner.verify.execution import fork_servers
+
+    with fork_servers(USER) as servers:
+        yield Judge(servers)
+
+
+@pytest.fixture
+def judge(module_judge: "Judge", scratch: Path) -> "Judge":
+    """Call it for the verdict of ``runner.verify`` on the small experiment of ``user``."""
+    return module_judge
 
 
 @pytest.fixture(scope="session")

@@ -63,7 +63,7 @@ def test_an_expanded_buffer_is_refused_by_name(life: Lives, tmp_path: Path) -> N
 @pytest.mark.parametrize("call", [6, slow(10)], ids=["between", "last"])
 def test_callbacks_see_a_step_with_its_evaluation(call: int, life: Lives, tmp_path: Path) -> None:
     """The step whose evaluation is cut short is seen by ``on_step`` once, by the attempt that evaluates it."""
-    own = ("+callbacks.weighs._target_=mine.broken.WeighsWell", CALLBACK)
+    own = ("+callbacks.weighs._target_=mine.broken.Weighs", CALLBACK)
     command = (*WAKES, *own, f"run.root={tmp_path}")
     assert life(*command, "+task.call=-1", "run.name=whole", cwd=USER).status == 0
     assert life(*command, f"+task.call={call}", "run.name=cut", cwd=USER).status == 75

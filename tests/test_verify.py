@@ -8,9 +8,8 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from importlib.metadata import entry_points
@@ -19,8 +18,10 @@ from types import SimpleNamespace
 
 import fsspec
 import pytest
-import servers as servers_of_tests
+import servers
 import torch
+from judge import USER, Judge, node, variant
+from test_verify_corpus import broken
 from waiting import until
 
 from runner.errors import ConfigError, DataError, StateError, StorageError, kind_of
@@ -28,167 +29,19 @@ from runner.verify import assert_resumes
 from runner.verify.campaign import plan_kills, run_killed
 from runner.verify.causes import of_error
 from runner.verify.difference import first_difference, lost_memory
-from runner.verify.execution import AttemptRequest, AttemptTrace, Executor, Kill, RunTrace, Servers, fork_servers
+from runner.verify.execution import AttemptRequest, AttemptTrace, Executor, Kill, RunTrace, fork_servers
 from runner.verify.memory import memory
 from runner.verify.options import Options, parse
 from runner.verify.page import page
-from runner.verify.proof import Verdict, prove
-
-USER = Path(__file__).parent / "user"
-BROKEN = "mine.broken."
 
 
-@pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    """Two servers to fork attempts from, beside a user's package."""
-    with fork_servers(USER) as both:
-        yield both
-
-
-@pytest.fixture
-def scratch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where the temporary folders of this test are. Data workers have sockets there, whose paths must be short."""
-    with tempfile.TemporaryDirectory() as folder:
-        monkeypatch.setattr("tempfile.tempdir", folder)
-        monkeypatch.setenv("TMPDIR", folder)  # for processes
-        yield Path(folder)
-
-
-def judged(servers: Servers, *more: str, steps: int = 14, kills: int = 3, **options: object) -> Verdict:
-    """The verdict on the small experiment, with overrides."""
-    command = ("--config-dir", "conf", "experiment=broken", "trainer.evaluate_every_steps=4", *more)
-    parsed, command, _ = parse(command)
-    options = {"steps": steps, "kills": kills, **options}
-    return prove(command, replace(parsed, **options), progress=print, servers=servers)  # type: ignore[arg-type]
-
-
-def node(key: str, target: str, **values: object) -> tuple[str, ...]:
-    """Overrides that replace an object of the experiment."""
-    inner = "".join(f",{name}:{str(value).lower()}" for name, value in values.items())
-    return f"~{key}", f"+{key}={{_target_:{BROKEN}{target}{inner}}}"
-
-
-def data(target: str) -> tuple[str, ...]:
-    return f"data.train._target_={BROKEN}{target}", "+data.train.mended=false"
-
-
-def model(target: str) -> tuple[str, ...]:
-    return f"model._target_={BROKEN}{target}", "+model.mended=false"
-
-
-UNCHECKED = "runtime.audit=false"
-# What is broken -> the overrides that break it, the kind of cause, words of the report.
-CASES: dict[str, tuple[tuple[str, ...], str, list[str]]] = {
-    "a curriculum in the data set": (data("Harder"), "data memory", ["data.train.drawn was "]),
-    "a cache of augmentations": (data("Cached"), "data memory", ["data.train.cache"]),
-    "a hidden generator": ((*data("Hidden"), UNCHECKED), "hidden generator", ["data.train.generator"]),
-    "a hidden generator, refused": (data("Hidden"), "hidden generator", ["drawn again", "data.train.generator"]),
-    "an unseeded generator": ((*data("Unseeded"), UNCHECKED), "entropy", ["seeded by the system"]),
-    "a buffer that is not persistent": (model("Centred"), "model memory", ["model.mean (a buffer, persistent=False)"]),
-    "an attribute of the model": (model("Annealed"), "model memory", ["model.temperature was ", "register_buffer"]),
-    "a task without a state": (node("task", "Remembers"), "task memory", ["task.seen was ", "is 0 after loading"]),
-    "a scheduler that forgets": (
-        node("scheduler", "Decays", mended=False),
-        "scheduler memory",
-        ["part     scheduler", "scheduler.factor"],
-    ),
-    "an optimizer that forgets": (
-        node("optimizer", "Momentum", mended=False, lr=0.01),
-        "optimizer memory",
-        ["part     model", "optimizer.last"],
-    ),
-    "an optimizer that does not take over": (
-        node("optimizer", "Restarts", mended=False, lr=0.01),
-        "restoring",
-        ["optimizer/state", "right after loading"],
-    ),
-    "a callback without a state": (
-        ("+callbacks.weight={_target_:mine.broken.Weighs}",),
-        "callback memory",
-        ["callbacks.weight.seen was "],
-    ),
-    "the time": (node("task", "Noisy", source="time"), "time", ["the time is used"]),
-    "an hour of the day": (node("task", "Dated", clock="hour"), "time", ["an hour, a date", "count steps"]),
-    "a date in a data set": (
-        ("data.train._target_=mine.broken.Daily", "+data.train.clock=date"),
-        "time",
-        ["the time is used", "from the configuration"],
-    ),
-    "the pid": (node("task", "Noisy", source="pid"), "pid", ["os.getpid"]),
-    "hash()": (node("task", "Noisy", source="hash"), "hash", ["hash() of a text or the order of a set"]),
-    "the order of a set": (node("task", "Noisy", source="set"), "hash", ["the order of a set"]),
-    "the number of attempts": (node("task", "Starts", source="starts"), "attempts", ["how often the run was started"]),
-    "a kernel without an order": (node("task", "Scatters", mended=False), "kernel", ["put_", "deterministic"]),
-    "a cache of a function": (data("Memoized"), "data memory", ["mine.broken.noise", "a cache of "]),
-    "threads that race": (
-        node("task", "Arrives", mended=False),
-        "chance",
-        ["two undisturbed runs differ", "executor.map"],
-    ),
-    "freezing that is not saved": (node("task", "Unfreezes", mended=False), "freezing", ["requires_grad=False"]),
-    "an environment that changes": (node("task", "Declares", mended=False), "process", ["os.environ['LOUDER']"]),
-    "gradients kept between steps": (node("task", "Gathers", mended=False), "gradients", ["part     gradients"]),
-    "an average of weights": (node("task", "Teaches", mended=False), "task memory", ["task.teacher.layers"]),
-    "memory that begins late": (node("task", "Anchors", mended=False), "task memory", ["task.anchor was "]),
-    "a hook that comes late": (node("task", "Hooks", mended=False), "hooks", ["model._forward_hooks[0] was "]),
-    "a state that changes when it is taken": (node("task", "Halves", mended=False), "saving", ["state_dict only look"]),
-    "an optimizer beside the runner's": (node("task", "Rivals", mended=False), "task memory", ["task.optimizer.state"]),
-    "a patience that forgets": (
-        ("+callbacks.ends={_target_:mine.broken.Loses,mended:false}", "trainer.evaluate_every_steps=2"),
-        "callback memory",
-        ["part     end: the last step", "callbacks.ends.seen"],
-    ),
-    "a load that adds": (
-        (*node("task", "Adds", mended=False), "verify.moments=[evaluating]"),
-        "stopping",
-        ["a stop by SIGTERM leaves a trace", "let load_state_dict replace"],
-    ),
-    "an evaluation that leaves a trace": (node("task", "Draws", mended=False), "evaluation", ["evaluation leaves"]),
-}
-QUICK = (
-    "a date in a data set",
-    "a curriculum in the data set",
-    "a hidden generator, refused",
-    "hash()",
-    "a kernel without an order",
-)
-
-
-def mended(overrides: tuple[str, ...]) -> tuple[str, ...]:
-    """The same experiment with the cause mended."""
-    good = [each.replace("mended=false", "mended=true").replace("mended:false", "mended:true") for each in overrides]
-    good = [re.sub(r"broken.(Remembers|Weighs)}", r"broken.\1Well}", each) for each in good]
-    good = [re.sub(r"clock([:=])\w+", r"clock\1none", each) for each in good]
-    return tuple(each.partition("source:")[0] + "source:none}" if "source:" in each else each for each in good)
-
-
-def test_metric_writers_of_the_user_are_not_opened(servers: Servers, scratch: Path) -> None:
-    verdict = judged(servers, "+metrics.writers.mine={_target_: mine.writers.refused, token: x}", kills=1)
+def test_metric_writers_of_the_user_are_not_opened(judge: Judge, scratch: Path) -> None:
+    verdict = judge("+metrics.writers.mine={_target_: mine.writers.refused, token: x}", kills=1)
     assert verdict.holds, verdict.text()
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.campaign) for n in CASES])
-def test_a_broken_experiment_is_named(name: str, servers: Servers, scratch: Path) -> None:
-    overrides, kind, words = CASES[name]
-    verdict = judged(servers, *overrides)
-    text = verdict.text()
-    assert not verdict.holds, text
-    assert verdict.cause, text
-    assert verdict.cause.kind == kind, "\n".join([text, *verdict.tried])
-    assert [word for word in words if word not in text] == [], text
-    assert verdict.scratch
-    assert Path(verdict.scratch).is_dir()
-
-
-@pytest.mark.campaign
-@pytest.mark.parametrize("name", CASES if os.environ.get("RUNNER_CORPUS") == "all" else [*CASES][::2])
-def test_a_mended_experiment_passes(name: str, servers: Servers, scratch: Path) -> None:
-    verdict = judged(servers, *mended(CASES[name][0]))
-    assert verdict.holds, verdict.text()
-
-
-def test_a_correct_experiment_passes_and_leaves_nothing(servers: Servers, scratch: Path) -> None:
-    verdict = judged(servers, steps=16, kills=8)
+def test_a_correct_experiment_passes_and_leaves_nothing(judge: Judge, scratch: Path) -> None:
+    verdict = judge(steps=16, kills=8)
     proven = verdict.proven
     assert verdict.holds, verdict.text()
     assert {"step", "committed", "save", "loaded", "evaluation", "stop", "evaluating"} == proven["moments"].keys()
@@ -201,18 +54,18 @@ def test_a_correct_experiment_passes_and_leaves_nothing(servers: Servers, scratc
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("processes", [1, 2])
-def test_stops_by_sigterm_pass(processes: int, servers: Servers, scratch: Path) -> None:
+def test_stops_by_sigterm_pass(processes: int, judge: Judge, scratch: Path) -> None:
     """Also of an evaluation that moves the model, and of callbacks that look at evaluations."""
     odd = ("task._target_=mine.tasks.Wakes", "+task.call=-1", "model._target_=mine.odd.Normed")
-    odd = (*odd, "+callbacks.weight._target_=mine.broken.WeighsWell", "data.evaluation_batch_size=8")
+    odd = (*odd, "+callbacks.weight._target_=mine.broken.Weighs", "data.evaluation_batch_size=8")
     options = {"moments": ("stop", "evaluating"), "workers": (0,), "processes": processes}
-    verdict = judged(servers, *(odd if processes == 1 else ()), kills=4, **options)
+    verdict = judge(*(odd if processes == 1 else ()), kills=4, **options)
     assert verdict.holds, verdict.text()
     assert verdict.proven["moments"] == {"stop": 2, "evaluating": 2}
 
 
-def test_forgotten_state_without_effect_is_noted(servers: Servers, scratch: Path) -> None:
-    verdict = judged(servers, *node("task", "Waits", mended=False), steps=6, kills=1)
+def test_forgotten_state_without_effect_is_noted(judge: Judge, scratch: Path) -> None:
+    verdict = judge(*variant(node("task", "mine.broken.Waits"), mended=False), steps=6, kills=1)
     assert verdict.holds, verdict.text()
     assert "without effect within these steps: task.seen was " in verdict.text()
 
@@ -446,8 +299,8 @@ def test_a_late_attempt_has_the_clock_of_others() -> None:
     assert output.stdout.splitlines() == ["-1000 0", "[]"]
 
 
-def test_a_run_of_several_processes_passes(servers: Servers, scratch: Path) -> None:
-    verdict = judged(servers, steps=12, kills=3, processes=2, workers=(0,))
+def test_a_run_of_several_processes_passes(judge: Judge, scratch: Path) -> None:
+    verdict = judge(steps=12, kills=3, processes=2, workers=(0,))
     proven = verdict.proven
     assert verdict.holds, verdict.text()
     assert (proven["processes"], proven["kills"], proven["kills_of_one_process"]) == (2, 3, 1)
@@ -458,54 +311,50 @@ def test_a_run_of_several_processes_passes(servers: Servers, scratch: Path) -> N
     assert [*scratch.iterdir()] == []
 
 
-def test_processes_that_cannot_share_a_batch_are_refused(servers: Servers, scratch: Path) -> None:
+def test_processes_that_cannot_share_a_batch_are_refused(judge: Judge, scratch: Path) -> None:
     with pytest.raises(ConfigError, match=r"batch_size"):
-        judged(servers, processes=3)
+        judge(processes=3)
     assert [*scratch.iterdir()] == []
 
 
 @pytest.mark.campaign
-def test_a_broken_experiment_of_several_processes_is_named(servers: Servers, scratch: Path) -> None:
-    overrides, kind, words = CASES["a task without a state"]
-    verdict = judged(servers, *overrides, processes=2)
-    assert not verdict.holds, verdict.text()
-    assert verdict.cause
-    assert verdict.cause.kind == kind, "\n".join([verdict.text(), *verdict.tried])
-    assert [word for word in words if word not in verdict.text()] == [], verdict.text()
+def test_a_broken_experiment_of_several_processes_is_named(judge: Judge, scratch: Path) -> None:
+    verdict = judge(*broken("a task without a state"), processes=2)
+    assert verdict.cause, verdict.text()
+    assert verdict.cause.kind == "task memory", "\n".join([verdict.text(), *verdict.tried])
+    assert "task.seen was " in verdict.text()
 
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
-def test_every_layout_of_several_processes_resumes(layout: str, servers: Servers, scratch: Path) -> None:
+def test_every_layout_of_several_processes_resumes(layout: str, judge: Judge, scratch: Path) -> None:
     options = Options(steps=6, kills=2, workers=(0,), processes=2)
     command = ["experiment=gpt", "model.layers=1", "model.dropout=0.1", f"runtime.parallel={layout}"]
-    verdict = prove(command, options, progress=print, servers=servers)
+    verdict = judge.of(command, options)
     assert verdict.holds, verdict.text()
 
 
-def test_nothing_is_proven_by_a_run_that_somebody_else_killed(servers: Servers, scratch: Path) -> None:
+def test_nothing_is_proven_by_a_run_that_somebody_else_killed(judge: Judge, scratch: Path) -> None:
     stops = "+task={_target_:mine.tasks.Stops,during:training,call:3,number:9}"
-    verdict = judged(servers, "~task", stops)
+    verdict = judge("~task", stops)
     assert not verdict.holds
     assert "a run did not come to its end" in verdict.text()
     assert verdict.cause
     assert verdict.cause.kind == "incomplete"
 
 
-def test_a_process_that_ends_itself_was_killed_by_nobody(servers: Servers, scratch: Path) -> None:
-    verdict = judged(servers, "~task", "+task={_target_:mine.tasks.Leaves,status:0}", kills=1)
+def test_a_process_that_ends_itself_was_killed_by_nobody(judge: Judge, scratch: Path) -> None:
+    verdict = judge("~task", "+task={_target_:mine.tasks.Leaves,status:0}", kills=1)
     assert not verdict.holds
     assert "os._exit(0) was called in the run, by " in verdict.text()
 
 
 @pytest.mark.campaign
-def test_an_attempt_that_hangs_is_ended_and_named(
-    servers: Servers, scratch: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_attempt_that_hangs_is_ended_and_named(judge: Judge, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runner.verify.proof.LEAST_SECONDS", 5)
     monkeypatch.setattr("runner.verify.proof.TIMES", 3)
-    overrides = node("task", "Locks", mended=False)
-    verdict = judged(servers, *overrides, kills=1, moments=("step",), workers=(2,))
+    overrides = node("task", "mine.broken.Locks")
+    verdict = judge(*variant(overrides, mended=False), kills=1, moments=("step",), workers=(2,))
     text = verdict.text()
     assert not verdict.holds
     assert re.search(r"attempt killed-2 did not end within \d+ s", text), text
@@ -513,13 +362,13 @@ def test_an_attempt_that_hangs_is_ended_and_named(
     assert re.search(r"process \d+, the main thread is at ", text), text
     assert verdict.cause
     assert verdict.cause.kind == "hang"
-    verdict = judged(servers, *mended(overrides), kills=1, moments=("step",), workers=(0,))
+    verdict = judge(*variant(overrides, mended=True), kills=1, moments=("step",), workers=(0,))
     assert verdict.holds, verdict.text()
 
 
-def test_it_leaves_nothing_that_the_experiment_leaves(servers: Servers, scratch: Path) -> None:
+def test_it_leaves_nothing_that_the_experiment_leaves(judge: Judge, scratch: Path) -> None:
     """Neither temporary files, nor processes in sessions of their own, nor folders for the root."""
-    verdict = judged(servers, "~task", "+task={_target_:mine.broken.Litters}", kills=1, root=f"{scratch}/new/root")
+    verdict = judge("~task", "+task={_target_:mine.broken.Litters}", kills=1, root=f"{scratch}/new/root")
     assert verdict.holds, verdict.text()
     assert [*scratch.iterdir()] == []
     running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
@@ -545,7 +394,7 @@ def test_kills_for_which_no_time_is_left_are_left_out() -> None:
 
 @pytest.mark.parametrize("ended", ["killed", "undisturbed"])
 def test_the_proof_ends_when_its_time_is_over(
-    ended: str, servers: Servers, scratch: Path, monkeypatch: pytest.MonkeyPatch
+    ended: str, judge: Judge, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Right after a run of that name: before the search for the cause, or before the first kill."""
 
@@ -554,7 +403,7 @@ def test_the_proof_ends_when_its_time_is_over(
         return 0 if finished and '"event": "finished"' in executor.requests[ended].record().read_text() else math.inf
 
     monkeypatch.setattr(Executor, "seconds_left", left)
-    verdict = judged(servers, *data("Harder"), kills=1)
+    verdict = judge(*broken("a curriculum in the data set"), kills=1)
     assert not verdict.holds
     assert verdict.cause
     if ended == "killed":
@@ -607,7 +456,7 @@ def test_resumes(number, assert_resumes):
 def test_fails(assert_resumes):
     with pytest.raises(AssertionError, match="(?s)does not resume exactly.*os.getpid"):
         assert_resumes("--config-dir", "conf", "experiment=broken", "~task",
-                       "+task={_target_:mine.broken.Noisy,source:pid}", steps=4, kills=1, workers=[0])
+                       "+task={_target_:mine.culprits.Pids,mended:false}", steps=4, kills=1, workers=[0])
 """
     )
     (tmp_path / "pytest.ini").write_text("[pytest]\n")  # in place of the options of this repository
@@ -650,14 +499,14 @@ def test_lost_memory_is_noted_without_caches_and_private_names() -> None:
     assert {*lost_memory(run, undisturbed)} == {("task.seen", "", None)}
 
 
-def test_a_limit_by_the_clock_is_left_out(servers: Servers, scratch: Path) -> None:
-    verdict = judged(servers, "trainer.max_seconds=0.001", steps=6, kills=1)
+def test_a_limit_by_the_clock_is_left_out(judge: Judge, scratch: Path) -> None:
+    verdict = judge("trainer.max_seconds=0.001", steps=6, kills=1)
     assert "note     trainer.max_seconds was left out" in verdict.text()
     assert verdict.proven["steps"] == 6
 
 
-def test_the_page_is_whole_and_asks_nobody(servers: Servers, scratch: Path) -> None:
-    verdict = judged(servers, "trainer.max_seconds=0.001", steps=6, kills=1)
+def test_the_page_is_whole_and_asks_nobody(judge: Judge, scratch: Path) -> None:
+    verdict = judge("trainer.max_seconds=0.001", steps=6, kills=1)
     shown = page(replace(verdict, command=["<script>"]))
     assert shown.count("<polyline") == 2
     assert "http" not in shown.replace("http-equiv", "")
@@ -712,29 +561,29 @@ def test_the_command_has_statuses_and_json(scratch: Path) -> None:
     common = ("--config-dir", "conf", "experiment=broken", "verify.steps=10", "verify.kills=2", "--json")
     output, _ = verify(*common).communicate()
     assert json.loads(output)["verdict"] == "PASS"
-    failing = verify(*common, *CASES["a kernel without an order"][0])
+    failing = verify(*common, *broken("a kernel without an order"))
     output, _ = failing.communicate()
     assert (failing.returncode, json.loads(output)["cause"]["kind"]) == (1, "kernel")
 
 
-def test_a_command_that_cannot_run_is_a_configuration_error(servers: Servers, scratch: Path) -> None:
+def test_a_command_that_cannot_run_is_a_configuration_error(judge: Judge, scratch: Path) -> None:
     with pytest.raises(ConfigError, match=r"Could not override 'trainer\.max_step'"):
-        judged(servers, "trainer.max_step=3")
+        judge("trainer.max_step=3")
     assert [*scratch.iterdir()] == []
 
 
-def test_a_root_where_no_run_can_be_is_an_error_of_the_storage(servers: Servers, scratch: Path) -> None:
+def test_a_root_where_no_run_can_be_is_an_error_of_the_storage(judge: Judge, scratch: Path) -> None:
     with pytest.raises(StorageError, match="/proc/nowhere"):
-        judged(servers, root="/proc/nowhere")
+        judge(root="/proc/nowhere")
     assert [*scratch.iterdir()] == []
 
 
 def test_a_disk_that_cannot_hold_the_checkpoints_is_refused(
-    servers: Servers, scratch: Path, monkeypatch: pytest.MonkeyPatch
+    judge: Judge, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10_000))
     with pytest.raises(StorageError, match=r"0.0 GB free, and the proof needs .* verify.root="):
-        judged(servers, steps=2)
+        judge(steps=2)
     assert [*scratch.iterdir()] == []
 
 
@@ -755,23 +604,24 @@ def test_the_helper_fails_with_the_report(scratch: Path, monkeypatch: pytest.Mon
     common = ("--config-dir", "conf", "experiment=broken")
     assert_resumes(*common, steps=10, kills=2, workers=[0])
     with pytest.raises(AssertionError, match=r"(?s)does not resume exactly.*FAIL.*task\.seen"):
-        assert_resumes(*common, *CASES["a task without a state"][0], steps=10, kills=2, workers=[0])
+        assert_resumes(*common, *broken("a task without a state"), steps=10, kills=2, workers=[0])
 
 
 @pytest.mark.campaign
 def test_it_proves_on_s3_and_leaves_nothing_there(
-    s3: servers_of_tests.Server, scratch: Path, monkeypatch: pytest.MonkeyPatch
+    s3: servers.Server, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3.options["key"])
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.options["secret"])
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3.options["client_kwargs"]["endpoint_url"])
-    with fork_servers(USER) as servers:
-        verdict = judged(servers, root=f"{s3.url}/proofs")
+    with fork_servers(USER) as forks:
+        judge = Judge(forks)
+        verdict = judge(root=f"{s3.url}/proofs")
         assert verdict.holds, verdict.text()
         url = (verdict.undisturbed.evidence or {})["url"]
         assert url.startswith("s3://bucket/proofs/verify-")
-        failed = judged(servers, *CASES["hash()"][0], root=f"{s3.url}/failed")
+        failed = judge(*broken("hash()"), root=f"{s3.url}/failed")
     system = fsspec.filesystem("s3", **s3.options, skip_instance_cache=True)
     assert [name for name in system.find("bucket/proofs") if "verify-" in name] == []  # the server keeps the folder
     assert failed.cause
@@ -782,8 +632,8 @@ def test_it_proves_on_s3_and_leaves_nothing_there(
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("experiment", ["smoke", "digits", "gpt", "fashion_mnist"])
-def test_the_experiments_of_this_repository_resume(experiment: str, servers: Servers, scratch: Path) -> None:
+def test_the_experiments_of_this_repository_resume(experiment: str, judge: Judge, scratch: Path) -> None:
     if experiment == "fashion_mnist" and not Path("/usr/share/datasets/fashion-mnist").is_dir():
         pytest.skip("dataset-fashion-mnist is not installed, which .ci/run does")
-    verdict = prove([f"experiment={experiment}"], Options(), progress=print, servers=servers)
+    verdict = judge.of([f"experiment={experiment}"], Options())
     assert verdict.holds, verdict.text()

@@ -1,13 +1,10 @@
 """``python -m runner.verify`` on the faults of other trainers: each is named, and the trainer without them passes."""
 
-from collections.abc import Iterator
-
 import pytest
-from test_rl import SMALL, USER, WAYS
+from judge import Judge
+from test_rl import SMALL, WAYS
 
-from runner.verify.execution import Servers, fork_servers
 from runner.verify.options import Options
-from runner.verify.proof import Verdict, prove
 
 COMMAND = ("--config-dir", "conf", *SMALL, "trainer.evaluate_every_steps=100", "checkpoint.every_steps=1")
 OPTIONS = Options(steps=6, kills=1, workers=(0,))
@@ -22,21 +19,11 @@ FAULTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def servers() -> Iterator[Servers]:
-    with fork_servers(USER) as both:
-        yield both
-
-
-def judged(servers: Servers, way: str, *overrides: str) -> Verdict:
-    return prove((*COMMAND, *WAYS[way], *overrides), OPTIONS, progress=print, servers=servers)
-
-
 @pytest.mark.campaign
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_of_another_trainer_is_named(name: str, servers: Servers) -> None:
+def test_a_fault_of_another_trainer_is_named(name: str, judge: Judge) -> None:
     way, words = FAULTS[name]
-    verdict = judged(servers, way, f"task._target_=mine.rollouts.{name}")
+    verdict = judge.of((*COMMAND, *WAYS[way], f"task._target_=mine.rollouts.{name}"), OPTIONS)
     report = "\n".join([verdict.text(), *verdict.tried])
     assert verdict.cause, report
     assert words in verdict.text(), report
@@ -44,6 +31,6 @@ def test_a_fault_of_another_trainer_is_named(name: str, servers: Servers) -> Non
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("way", WAYS)
-def test_without_the_fault_it_passes(way: str, servers: Servers) -> None:
-    verdict = judged(servers, way)
+def test_without_the_fault_it_passes(way: str, judge: Judge) -> None:
+    verdict = judge.of((*COMMAND, *WAYS[way]), OPTIONS)
     assert verdict.holds, "\n".join([verdict.text(), *verdict.tried])

@@ -7,7 +7,6 @@ import random
 import subprocess
 import tempfile
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import date, datetime
 from pathlib import Path
@@ -95,40 +94,12 @@ class Unseeded(Hidden):
         return row(index) + noise, index % 3
 
 
-class Centred(MLP):
-    """Takes a running mean from what comes in, and keeps it in a buffer that is not saved."""
-
-    def __init__(self, mended, **how):
-        super().__init__(**how)
-        self.register_buffer("mean", torch.zeros(8), persistent=mended)
-
-    def forward(self, x):
-        if self.training:
-            self.mean.mul_(0.9).add_(0.1 * x.detach().mean(0))
-        return super().forward(x - self.mean)
-
-
-class Annealed(MLP):
-    """Sharpens its outputs with every batch."""
-
-    def __init__(self, mended, **how):
-        super().__init__(**how)
-        self.mended = mended
-        self.temperature = 2.0
-        self.register_buffer("saved", torch.tensor(2.0))
-
-    def forward(self, x):
-        if self.training:
-            self.temperature *= 0.99
-            self.saved.mul_(0.99)
-        return super().forward(x) / (self.saved if self.mended else self.temperature)
-
-
 class Remembers(Classification):
     """A task that smooths labels the more, the more it has seen."""
 
-    def __init__(self):
+    def __init__(self, mended):
         super().__init__()
+        self.mended = mended
         self.seen = 0
 
     def training_step(self, model, batch):
@@ -136,15 +107,11 @@ class Remembers(Classification):
         self.label_smoothing = min(0.5, self.seen / 100)
         return super().training_step(model, batch)
 
-
-class RemembersWell(Remembers):
-    """The same, with a state."""
-
     def state_dict(self):
-        return {"seen": self.seen}
+        return {"seen": self.seen} if self.mended else {}
 
     def load_state_dict(self, state):
-        self.seen = state["seen"]
+        self.seen = state.get("seen", 0)
 
 
 class Decays(torch.optim.lr_scheduler.LRScheduler):
@@ -164,39 +131,12 @@ class Decays(torch.optim.lr_scheduler.LRScheduler):
         return state if self.mended else {key: value for key, value in state.items() if key != "factor"}
 
 
-class Momentum(torch.optim.SGD):
-    """Keeps the direction of the last step outside of its state."""
-
-    def __init__(self, params, mended, lr):
-        super().__init__(params, lr=lr)
-        self.mended = mended
-        self.last = {}
-
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for number, parameter in enumerate(group["params"]):
-                memory = self.state[parameter] if self.mended else self.last.setdefault(number, {})
-                before = memory.get("direction", torch.zeros_like(parameter))
-                memory["direction"] = parameter.grad = parameter.grad + 0.9 * before
-        return super().step(closure)
-
-
-class Restarts(torch.optim.AdamW):
-    """Saves everything, and takes over only the groups."""
-
-    def __init__(self, params, mended, lr):
-        super().__init__(params, lr=lr)
-        self.mended = mended
-
-    def load_state_dict(self, state):
-        super().load_state_dict(state if self.mended else {**state, "state": {}})
-
-
 class Noisy(Classification):
     """Adds noise to what the model gets; the amount depends on ``source``."""
 
-    def __init__(self, source):
+    def __init__(self, mended, source):
         super().__init__()
+        self.mended = mended
         self.source = source
 
     def training_step(self, model, batch):
@@ -204,30 +144,11 @@ class Noisy(Classification):
         return super().training_step(model, (x + 0.01 * self.amount(), y))
 
     def amount(self):
-        if self.source == "time":
-            return time.time() % 10
-        if self.source == "pid":
-            return os.getpid() % 1000 / 100
+        if self.mended:
+            return 1.0
         if self.source == "hash":
             return hash("noise") % 1000 / 100
-        if self.source == "set":
-            return ["a", "b", "c", "d", "e", "f", "g", "h"].index(next(iter(set("abcdefgh"))))
-        return 1.0
-
-
-class Starts(Noisy):
-    """Adds more noise with every start."""
-
-    def __init__(self, source):
-        super().__init__("constant")
-        from hydra.core.hydra_config import HydraConfig
-
-        file = Path(HydraConfig.get().runtime.output_dir) / "starts"
-        file.write_text("x" + (file.read_text() if file.exists() else ""))
-        self.starts = len(file.read_text()) if source == "starts" else 1
-
-    def amount(self):
-        return self.starts
+        return ["a", "b", "c", "d", "e", "f", "g", "h"].index(next(iter(set("abcdefgh"))))
 
 
 class Weighs(Callback):
@@ -241,8 +162,6 @@ class Weighs(Callback):
         for group in loop.state.optimizer.param_groups:
             group["weight_decay"] = self.seen / 10
 
-
-class WeighsWell(Weighs):
     def state_dict(self):
         return {"seen": self.seen}
 
@@ -262,26 +181,6 @@ class Scatters(Classification):
         if not self.mended:
             x = x.clone().put_(torch.tensor([0, 0]), torch.tensor([0.0, 1.0]))
         return super().training_step(model, (x, y))
-
-
-class Draws(Classification):
-    """Evaluates under noise from the generator at which training looks, too."""
-
-    def __init__(self, mended):
-        super().__init__()
-        self.mended = mended
-        self.generator = torch.Generator().manual_seed(1)
-
-    def training_step(self, model, batch):
-        x, y = batch
-        look = torch.Generator()
-        look.set_state(self.generator.get_state())
-        return super().training_step(model, (x + 0.1 * torch.randn(x.shape, generator=look), y))
-
-    def evaluation_step(self, model, batch):
-        x, y = batch
-        generator = torch.Generator().manual_seed(2) if self.mended else self.generator
-        return super().training_step(model, (x + 0.1 * torch.randn(x.shape, generator=generator), y))
 
 
 class Arrives(Classification):
@@ -317,14 +216,6 @@ class Counts(Classification):
 
     def load_state_dict(self, state):
         self.done = state["done"]
-
-
-class Unfreezes(Counts):
-    """Freezes a layer in the first step of all."""
-
-    def before(self, model, done):
-        if done == 0 or self.mended:
-            next(model.parameters()).requires_grad_(False)
 
 
 class Declares(Counts):
@@ -419,26 +310,6 @@ class Hooks(Counts):
             model.register_forward_hook(louder)
 
 
-class Halves(Counts):
-    """Gives what it has gathered in its state, and halves it."""
-
-    gathered = 0.0
-
-    def before(self, model, done):
-        self.gathered += 1
-
-    def training_step(self, model, batch):
-        metrics = super().training_step(model, batch)
-        return {**metrics, "loss": metrics["loss"] * (1 + self.gathered / 10)}
-
-    def state_dict(self):
-        self.gathered /= 1 if self.mended else 2
-        return {"done": self.done, "gathered": self.gathered}
-
-    def load_state_dict(self, state):
-        self.done, self.gathered = state["done"], state["gathered"]
-
-
 class Rivals(Classification):
     """Is judged by a net of its own, which has an optimizer of its own."""
 
@@ -499,39 +370,29 @@ class Waits(Counts):
         self.label_smoothing = 0.1 if self.seen > 1000 else 0.0
 
 
-class Adds(Counts):
-    """Adds what it loads to what it has counted, which is nothing in a new process."""
-
-    def before(self, model, done):
-        self.label_smoothing = min(0.5, done / 100)
-
-    def load_state_dict(self, state):
-        self.done = state["done"] + (0 if self.mended else self.done)
-
-
 class Daily(Rows):
     """Shows other samples every day: read in data workers, too."""
 
-    def __init__(self, size, clock):
+    def __init__(self, size, mended):
         super().__init__(size)
-        self.clock = clock
+        self.mended = mended
 
     def __getitem__(self, index):
         return row(index) * (1 + self.day() / 1e4), index % 3
 
     def day(self):
-        return date.today().toordinal() % 1000 if self.clock == "date" else 1
+        return 1 if self.mended else date.today().toordinal() % 1000
 
 
 class Dated(Classification):
     """Smooths labels by the hour of the day."""
 
-    def __init__(self, clock):
+    def __init__(self, mended):
         super().__init__()
-        self.clock = clock
+        self.mended = mended
 
     def training_step(self, model, batch):
-        self.label_smoothing = datetime.now().hour / 100 if self.clock == "hour" else 0.1
+        self.label_smoothing = 0.1 if self.mended else datetime.now().hour / 100
         return super().training_step(model, batch)
 
 

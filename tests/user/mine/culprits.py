@@ -1,4 +1,6 @@
-"""Experiments with one culprit and decoys beside it. ``mended`` fixes the culprit, as the printed remedy says."""
+"""Experiments with one culprit and decoys beside it. ``mended`` fixes the culprit, as the printed remedy says.
+The comment ``culprit`` marks the line that ``runner.verify`` has to name.
+"""
 
 import itertools
 import os
@@ -29,7 +31,7 @@ class Decoys(Classification):
         self.calls += 1
         self.history.append(self.calls)
         self.zones[self.calls % 5] = self.calls
-        self.total += 0.01
+        self.total += 0.01  # culprit
         return super().training_step(model, (x * (1 + self.total), y))
 
     def state_dict(self):
@@ -51,7 +53,7 @@ class Turns(Classification):
     def training_step(self, model, batch):
         x, y = batch
         self.taken += 1
-        return super().training_step(model, (x * next(self.scales), y))
+        return super().training_step(model, (x * next(self.scales), y))  # culprit
 
     def state_dict(self):
         return {"taken": self.taken}
@@ -87,7 +89,8 @@ class Sharpens(MLP):
     def forward(self, x):
         if self.training:
             self.steps += 1
-            Sharpen.strength = 1 + 0.1 * float(self.steps) if self.mended else Sharpen.strength + 0.1
+            strength = 1 + 0.1 * float(self.steps) if self.mended else Sharpen.strength + 0.1
+            Sharpen.strength = strength  # culprit
         return Sharpen.apply(super().forward(x))
 
 
@@ -101,7 +104,7 @@ class Listed(MLP):
     def forward(self, x):
         if self.training:
             with torch.no_grad():
-                self.extra[0].weight.mul_(0.9)
+                self.extra[0].weight.mul_(0.9)  # culprit
         return self.extra[0](super().forward(x))
 
 
@@ -114,7 +117,8 @@ class Rustles(MLP):
         self.source = torch.Generator().manual_seed(3)
 
     def forward(self, x):
-        return super().forward(x + 0.1 * torch.randn(x.shape, generator=self.source) if self.training else x)
+        noise = torch.randn(x.shape, generator=self.source) if self.training else 0.0  # culprit
+        return super().forward(x + 0.1 * noise)
 
     def get_extra_state(self):
         return self.source.get_state() if self.mended else torch.zeros(1)
@@ -141,7 +145,7 @@ class Exchanges(Counts):
 
     def before(self, model, done):
         if done == 0 or self.mended:
-            Ops.scale = staticmethod(doubled)
+            Ops.scale = staticmethod(doubled)  # culprit
 
     def training_step(self, model, batch):
         if self.mended:
@@ -193,7 +197,7 @@ class Leaves(Classification):
         seen = 0
         if not self.mended:
             seen = len(self.file.read_text()) if self.file.exists() else 0
-            with open(self.file, "a") as file:
+            with open(self.file, "a") as file:  # culprit
                 file.write("x")
         return super().training_step(model, (x * (1 + seen / 100), y))
 
@@ -207,4 +211,4 @@ class Pids(Classification):
 
     def training_step(self, model, batch):
         x, y = batch
-        return super().training_step(model, (x * (1 + (0 if self.mended else os.getpid() % 1000)), y))
+        return super().training_step(model, (x * (1 + (0 if self.mended else os.getpid() % 1000)), y))  # culprit
