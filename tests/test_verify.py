@@ -8,9 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-import weakref
 from collections.abc import Sequence
-from contextvars import ContextVar
 from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -19,7 +17,6 @@ from types import SimpleNamespace
 import fsspec
 import pytest
 import servers
-import torch
 from judge import USER, Judge, node, variant
 from test_verify_corpus import broken
 from waiting import until
@@ -30,7 +27,6 @@ from runner.verify.campaign import plan_kills, run_killed
 from runner.verify.causes import of_error
 from runner.verify.difference import first_difference, lost_memory
 from runner.verify.execution import AttemptRequest, AttemptTrace, Executor, Kill, RunTrace, fork_servers
-from runner.verify.memory import memory
 from runner.verify.options import Options, parse
 from runner.verify.page import page
 
@@ -141,48 +137,6 @@ def test_files_of_the_end_are_not_the_difference(kind: str) -> None:
 )
 def test_the_kind_of_an_error_names_its_cause(error: Exception, kind: str) -> None:
     assert of_error(kind_of(error), "").kind == kind
-
-
-class Slotted:
-    __slots__ = ("__weakref__", "inside")
-
-
-def test_memory_is_seen_wherever_it_is() -> None:
-    def counts() -> None: ...
-
-    thing, value = Slotted(), ContextVar("value", default=0)
-    task = SimpleNamespace(
-        slots=thing,
-        context=value,
-        weak=weakref.ref(thing),
-        table={Slotted(): [0]},
-        calls=counts,
-        bytes=bytearray(b"0"),
-        rows=iter([1, 2]),
-        net=torch.nn.Dropout(),
-        optimizer=torch.optim.SGD([torch.zeros(2, requires_grad=True)], momentum=0.9),
-    )
-    before = memory({"task": task})
-    thing.inside = 1
-    value.set(1)
-    next(iter(task.table.values()))[0] = 1
-    counts.calls = 1  # type: ignore[attr-defined]
-    task.bytes[0] = 1
-    next(task.rows)
-    task.net.p = 0.1
-    task.optimizer.param_groups[0]["lr"] = 0.5
-    after = memory({"task": task})
-    moved = {path for path in after if after[path] != before.get(path)}
-    assert moved == {
-        "task.slots.inside",
-        "task.context (its value)",
-        "task.table[Slotted 0][0]",
-        "task.calls (its calls)",
-        "task.bytes",
-        "task.rows",
-        "task.net.p",
-        "task.optimizer.param_groups[0]['lr']",
-    }
 
 
 @pytest.mark.parametrize(("pin", "read"), [("time", "time.time_ns()"), ("entropy", "os.urandom(4)")])

@@ -6,8 +6,10 @@ import enum
 import itertools
 import sqlite3
 import sys
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -87,6 +89,10 @@ class Kept:
     count = 0
 
 
+class Slotted:
+    __slots__ = ("__weakref__", "inside")
+
+
 class Sealed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -130,6 +136,17 @@ CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
     "a ring": (lambda task: task.ring.append(1), "task.ring"),
     "a cell": (lambda task: task.closure(), "task.closure (its total)"),
     "a frozen set": (lambda task: setattr(task, "names", frozenset("abd")), "task.names"),
+    "a slot": (lambda task: setattr(task.slots, "inside", 1), "task.slots.inside"),
+    "a context variable": (lambda task: task.context.set(1), "task.context (its value)"),
+    "a value of an object": (lambda task: next(iter(task.keyed.values())).append(1), "task.keyed[Slotted 0][0]"),
+    "an attribute of a function": (lambda task: setattr(task.call, "calls", 1), "task.call (its calls)"),
+    "a byte": (lambda task: task.bytes.__setitem__(0, 1), "task.bytes"),
+    "an iterator": (lambda task: next(task.rows), "task.rows"),
+    "dropout": (lambda task: setattr(task.net, "p", 0.1), "task.net.p"),
+    "a rate": (
+        lambda task: task.optimizer.param_groups[0].update(lr=0.5),
+        "task.optimizer.param_groups[0]['lr']",
+    ),
 }
 
 
@@ -163,6 +180,15 @@ def test_a_change_is_seen(name: str) -> None:
         ring=deque(range(20), maxlen=20),
         closure=counting(),
         names=frozenset("abc"),
+        slots=(slotted := Slotted()),
+        weak=weakref.ref(slotted),
+        context=ContextVar("value", default=0),
+        keyed={Slotted(): []},
+        call=lambda: None,
+        bytes=bytearray(b"0"),
+        rows=iter([1, 2]),
+        net=nn.Dropout(),
+        optimizer=torch.optim.SGD([torch.zeros(2, requires_grad=True)], momentum=0.9),
     )
     change, path = CHANGES[name]
     before = memory.memory({"task": task})

@@ -118,7 +118,7 @@ def _replace_clocks() -> None:
         setattr(time, name, _clock(getattr(time, name), 1, of_day=name == "time"))
         setattr(time, f"{name}_ns", _clock(getattr(time, f"{name}_ns"), 10**9, of_day=name == "time"))
     for true, unit in zip(_true_clocks, (1, 10**9), strict=True):
-        setattr(time, true.__name__, _clock_of(true, unit))
+        setattr(time, true.__name__, _clock(true, unit))
     timeit.default_timer = time.perf_counter
     for name, position in _TIME_ARGUMENT.items():
         as_struct = name in ("asctime", "strftime")
@@ -131,20 +131,14 @@ def _replace_clocks() -> None:
     np.__class__ = _NumpyModule
 
 
-def _clock(clock: Callable[[], Any], unit: int, *, of_day: bool) -> Callable[[], Any]:
-    """A clock of the day, or with an arbitrary start, by which python's own modules measure time-outs, unshifted."""
+def _clock(clock: Callable[..., Any], unit: int, *, of_day: bool | None = None) -> Callable[..., Any]:
+    """A clock of the day, or with an arbitrary start, by which python's own modules measure time-outs, unshifted; None
+    for a function that reads the clock of a number.
+    """
 
-    def read() -> Any:
-        return _time_for(clock(), _caller() if of_day else sys._getframe(1), unit, of_day=of_day)
-
-    return read
-
-
-def _clock_of(clock: Callable[[int], Any], unit: int) -> Callable[[int], Any]:
-    """A function that reads the clock of a number, such as the clock of the day."""
-
-    def read(number: int) -> Any:
-        return _time_for(clock(number), sys._getframe(1), unit, of_day=number == time.CLOCK_REALTIME)
+    def read(*number: int) -> Any:
+        shows_day = number == (time.CLOCK_REALTIME,) if of_day is None else of_day
+        return _time_for(clock(*number), _caller() if of_day else sys._getframe(1), unit, of_day=shows_day)
 
     return read
 

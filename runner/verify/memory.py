@@ -45,7 +45,6 @@ _BUDGET = 300_000  # values that are looked at in one moment
 _MANY = 10_000  # values of one container that are looked at, from its end
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 _DESCRIPTORS = (types.GetSetDescriptorType, types.MemberDescriptorType)
-_CLASS_DICT: Any = type.__dict__["__dict__"].__get__
 _OPTIM = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
 _FIRST = ("model", "optimizer", "scheduler")  # visited first, and therefore skipped where other objects hold them
 # Attributes of torch's optimizers and schedulers that are in every state_dict, or have no effect.
@@ -423,7 +422,7 @@ def mro(kind: type) -> tuple[type, ...]:
 
 def class_dict(kind: type) -> Mapping[str, Any]:
     """The attributes of a class itself, whatever its metaclass does."""
-    return _CLASS_DICT(kind)  # type: ignore[no-any-return]
+    return type.__dict__["__dict__"].__get__(kind)  # type: ignore[no-any-return]
 
 
 def variables(function: Any) -> Iterator[Value]:

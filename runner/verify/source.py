@@ -168,7 +168,7 @@ def _written() -> Iterator[str]:
 
 
 class OutsideAccess:
-    """Notes what the user's code reaches outside of the process, as ``access -> file:line``, until ``close``."""
+    """Notes what the user's code reaches outside of the process, as ``access -> file:line``."""
 
     def __init__(self) -> None:
         self.reached: dict[str, str] = {}
@@ -206,10 +206,6 @@ class OutsideAccess:
             return not kind and not os.path.exists(file)
 
         return {f"the state in {key}": where for key, where in written} | dict(sorted(self.reached.items(), key=gone))
-
-    def close(self) -> None:
-        """Note no more; python cannot remove an audit hook."""
-        self._busy = True
 
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event not in _EVENTS or self._busy:
