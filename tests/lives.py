@@ -41,7 +41,14 @@ class Ended:
 
 @dataclass(frozen=True, kw_only=True)
 class Mines:
-    """What ends or troubles a life; see ``Lives.__call__``."""
+    """What ends or troubles a life.
+
+    ``send`` is the signal that ends it: ``after`` so many seconds, or ``when`` a file matches a pattern; after an
+    optimizer ``step``; at the n-th ``commit`` of a database. SIGKILL comes once it ``restored``; at the n-th ``call``
+    of a function by its name; in the n-th remote ``put``; at the n-th storage ``operation``, which fails with the errno
+    ``fail`` if that is set. The n-th local put does ``hang`` for ``hang_seconds``, by default forever. ``without``
+    drops a part from the state. ``machine`` has it live on a machine of that name, whose locks no other sees.
+    """
 
     after: float | None = None
     when: str | None = None
@@ -117,48 +124,14 @@ class Lives:
         *arguments: str,
         cwd: Path | None = None,
         environment: Mapping[str, str] | None = None,
-        after: float | None = None,
-        when: str | None = None,
-        send: int = signal.SIGKILL,
-        step: int | None = None,
-        restored: bool = False,
-        operation: int | None = None,
-        fail: int | None = None,
-        put: int | None = None,
-        commit: int | None = None,
-        call: tuple[str, int] | None = None,
-        hang: int | None = None,
-        hang_seconds: float | None = None,
-        without: str | None = None,
-        machine: str | None = None,
+        **mines: Any,
     ) -> Ended:
-        """One life from its start to its end.
+        """One life from its start to its end, which ``mines`` may bring: the fields of ``Mines``.
 
-        ``send`` is the signal that ends it: ``after`` so many seconds, or ``when`` a file matches a pattern; after an
-        optimizer ``step``; at the n-th ``commit`` of a database. SIGKILL comes once it ``restored``; at the n-th
-        ``call`` of a function by its name; in the n-th remote ``put``; at the n-th storage ``operation``, which fails
-        with the errno ``fail`` if that is set. The n-th local put does ``hang`` for ``hang_seconds``, by default
-        forever. ``without`` drops a part from the state. ``machine`` has it live on a machine of that name, whose locks
-        no other sees. Unless the arguments say otherwise, checkpoints are waited for, so that it is certain what is
-        committed after a step, and the training process reads, so that no test depends on how long that takes.
+        Unless the arguments say otherwise, checkpoints are waited for, so that it is certain what is committed after a
+        step, and the training process reads, so that no test depends on how long that takes.
         """
-        mines = Mines(
-            after=after,
-            when=when,
-            send=send,
-            step=step,
-            restored=restored,
-            operation=operation,
-            fail=fail,
-            put=put,
-            commit=commit,
-            call=call,
-            hang=hang,
-            hang_seconds=hang_seconds,
-            without=without,
-            machine=machine,
-        )
-        return self.start(*arguments, cwd=cwd, environment=environment, mines=mines).wait()
+        return self.start(*arguments, cwd=cwd, environment=environment, mines=Mines(**mines)).wait()
 
     def start(
         self,
