@@ -3,12 +3,12 @@ its own, as a launcher would start it.
 """
 
 import signal
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lives import Life, Lives, Mines
+from lives import Life, Lives
 from servers import free_ports
 
 
@@ -37,26 +37,16 @@ class Crews:
         size: int,
         *arguments: str,
         cwd: Path | None = None,
-        send: int = signal.SIGKILL,
         to: Sequence[int] | None = None,
-        after: float | None = None,
-        when: str | None = None,
-        step: int | None = None,
-        call: tuple[str, int] | None = None,
-        operation: int | None = None,
-        hang: int | None = None,
+        **mines: Any,
     ) -> Ended:
-        """One life of ``size`` ranks. The signal ``send`` goes to the ranks ``to`` (default all) ``after`` so many
-        seconds, or once there is a file that matches ``when``; a ``call`` and an ``operation`` kill each of them as in
-        ``lives``. ``step`` kills rank ``to[0]`` after that step, ``hang`` has its n-th put never return. A stopped rank
-        is killed when the others have ended.
+        """One life of ``size`` ranks. The ``mines`` are those of ``lives``, for the ranks ``to`` (default all), but
+        ``step`` and ``hang`` for rank ``to[0]`` alone. A stopped rank is killed when the others have ended.
         """
         ranks = range(size) if to is None else to
-        sent = Mines(send=send, after=after, when=when, call=call, operation=operation)
-        mines = dict.fromkeys(ranks, sent)
-        mines[ranks[0]] = replace(sent, step=step, hang=hang)
-        lives = self._started(size, arguments, cwd, mines)
-        stopped = [lives[rank] for rank in ranks] if send == signal.SIGSTOP else []
+        shared = {name: value for name, value in mines.items() if name not in ("step", "hang")}
+        lives = self._started(size, arguments, cwd, {**dict.fromkeys(ranks, shared), ranks[0]: mines})
+        stopped = [lives[rank] for rank in ranks] if mines.get("send") == signal.SIGSTOP else []
         return _ended(lives, stopped)
 
     def side_by_side(self, *crews: Sequence[Any]) -> list[Ended]:
@@ -64,14 +54,14 @@ class Crews:
         started = [self._started(size, arguments, None, {}) for size, *arguments in crews]
         return [_ended(lives, []) for lives in started]
 
-    def _started(self, size: int, arguments: Sequence[str], cwd: Path | None, mines: dict[int, Mines]) -> list[Life]:
+    def _started(self, size: int, arguments: Sequence[str], cwd: Path | None, mines: Mapping[int, Any]) -> list[Life]:
         team = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1))}
         return [
             self._life.start(
                 *arguments,
                 cwd=cwd,
                 environment=team | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                mines=mines.get(rank, Mines()),
+                **mines.get(rank, {}),
             )
             for rank in range(size)
         ]

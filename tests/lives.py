@@ -119,28 +119,22 @@ class Lives:
             env=environment | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"},
         )
 
-    def __call__(
-        self,
-        *arguments: str,
-        cwd: Path | None = None,
-        environment: Mapping[str, str] | None = None,
-        **mines: Any,
-    ) -> Ended:
-        """One life from its start to its end, which ``mines`` may bring: the fields of ``Mines``.
-
-        Unless the arguments say otherwise, checkpoints are waited for, so that it is certain what is committed after a
-        step, and the training process reads, so that no test depends on how long that takes.
-        """
-        return self.start(*arguments, cwd=cwd, environment=environment, mines=Mines(**mines)).wait()
+    def __call__(self, *arguments: str, **options: Any) -> Ended:
+        """One life from its start to its end; the same as ``start``."""
+        return self.start(*arguments, **options).wait()
 
     def start(
         self,
         *arguments: str,
         cwd: Path | None = None,
         environment: Mapping[str, str] | None = None,
-        mines: Mines = Mines(),
+        **mines: Any,
     ) -> Life:
-        """Begin a life without waiting for its end."""
+        """Begin a life without waiting for its end, which ``mines`` may bring: the fields of ``Mines``.
+
+        Unless the arguments say otherwise, checkpoints are waited for, so that it is certain what is committed after a
+        step, and the training process reads, so that no test depends on how long that takes.
+        """
         keys = {argument.partition("=")[0] for argument in arguments}
         determined = [f"{key}={value}" for key, value in DETERMINED.items() if key not in keys]
         place = next((n for n, argument in enumerate(arguments) if argument.startswith("experiment=")), None)
@@ -150,7 +144,7 @@ class Lives:
         log = self._folder / f"life{number}.log"
         log.touch()
         request = {"number": number, "argv": ["runner", *arguments], "cwd": str(cwd or self._folder), "log": str(log)}
-        self.request(request | {"environment": dict(environment or {}), "mines": asdict(mines)})
+        self.request(request | {"environment": dict(environment or {}), "mines": asdict(Mines(**mines))})
         return Life(self, number, self.answer(number)["pid"], log)
 
     def request(self, request: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lives import Lives, Mines
+from lives import Lives
 from marks import slow
 from results import results
 from waiting import Clock, until
@@ -522,9 +522,9 @@ def test_a_claim_that_cannot_be_written_leaves_nothing(
 def test_an_owner_paused_past_its_beats_is_superseded(life: Lives, tmp_path: Path) -> None:
     """Another machine takes it for dead; when it goes on it stops, and state and result are those of one process."""
     command = (*COMMAND, "trainer.max_steps=40", f"run.root={tmp_path}")
-    with life.start(*command, "run.name=r", mines=Mines(machine="one", step=15, send=signal.SIGSTOP)) as first:
+    with life.start(*command, "run.name=r", machine="one", step=15, send=signal.SIGSTOP) as first:
         until(first.is_stopped)
-        with life.start(*command, "run.name=r", mines=Mines(machine="two")) as second:
+        with life.start(*command, "run.name=r", machine="two") as second:
             until(lambda: [*tmp_path.glob("smoke/r/commits/a000002-*")])
             first.send(signal.SIGCONT)
             assert first.wait().status == 4, first.output

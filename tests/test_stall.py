@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from lives import Ended, Lives, Mines
+from lives import Ended, Lives
 from waiting import until
 
 from runner.activity import activities, doing
@@ -166,7 +166,7 @@ def test_a_step_longer_than_the_timeout_needs_a_longer_one(life: Lives, tmp_path
 def test_a_process_that_was_stopped_goes_on(life: Lives, tmp_path: Path) -> None:
     """Also in the middle of a step, for longer than a step may take."""
     command = (*ARGUMENTS, "trainer.max_steps=3", "runtime.timeout=3", f"run.root={tmp_path}")
-    with life.start(*command, cwd=USER, mines=Mines(step=1, send=signal.SIGSTOP)) as process:
+    with life.start(*command, cwd=USER, step=1, send=signal.SIGSTOP) as process:
         until(process.is_stopped)
         time.sleep(5)
         process.send(signal.SIGCONT)
