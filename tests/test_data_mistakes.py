@@ -1,6 +1,8 @@
 """What a user may do wrong with data: each has a message that says what, where and what to do about it."""
 
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,15 +18,24 @@ USER = Path(__file__).parent / "user"
 Live = Callable[..., Ended]
 
 
+def lived(life: Lives, root: Path, *more: str, experiment: str = "rows", step: int | None = None) -> Ended:
+    """One life of a user's experiment."""
+    common = (f"experiment={experiment}", f"run.root={root}", "run.name=r", "trainer.max_steps=8")
+    return life("--config-dir", "conf", *common, *more, cwd=USER, step=step)
+
+
 @pytest.fixture
 def live(life: Lives, tmp_path: Path) -> Live:
-    """One life of a user's experiment, in a root of this test."""
+    """Lives in a root of this test."""
+    return partial(lived, life, tmp_path)
 
-    def one(*more: str, experiment: str = "rows", step: int | None = None) -> Ended:
-        common = (f"experiment={experiment}", f"run.root={tmp_path}", "run.name=r", "trainer.max_steps=8")
-        return life("--config-dir", "conf", *common, *more, cwd=USER, step=step)
 
-    return one
+@pytest.fixture(scope="module")
+def killed(life: Lives, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was killed after step 4."""
+    root = tmp_path_factory.mktemp("killed")
+    assert lived(life, root, step=4).status is None
+    return root / "rows/r"
 
 
 def using(name: str) -> str:
@@ -99,9 +110,11 @@ def test_a_mistake_is_reported(more: tuple[str, ...], told: list[str], live: Liv
     ],
     ids=lambda value: " ".join(value)[:60],
 )
-def test_other_data_under_an_accepted_drift_is_refused(change: tuple[str, ...], told: list[str], live: Live) -> None:
+def test_other_data_under_an_accepted_drift_is_refused(
+    change: tuple[str, ...], told: list[str], killed: Path, live: Live, tmp_path: Path
+) -> None:
     """Nobody can accept that samples are repeated or missed."""
-    assert live(step=4).status is None
+    shutil.copytree(killed, tmp_path / "rows/r")
     ended = live(*change, "run.on_drift=accept")
     assert ended.status == 1, ended.output
     assert "run.name=" in ended.output

@@ -141,6 +141,7 @@ def refuse(mesh: Any, comm: Communicator) -> None:
         shard({"model/w": partial}, GroupRanks(comm.rank, 8))
 
 
+@pytest.mark.slow
 def test_torchs_sharded_states_load_on_other_worlds_to_the_bit(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -25,6 +25,7 @@ PAGES = [
 ]
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("furo")
     command = [sys.executable, "-m", "sphinx", "-W", "-q", str(DOCS), str(tmp_path)]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from lives import Ended, Lives
+from marks import quick_first
 from mine.data import save_hugging_face, write_shards
 from results import results
 from torch.utils.data import RandomSampler
@@ -207,7 +208,7 @@ TIERS = {
 }
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("tier", quick_first(TIERS, "sharded", "weighted", "iterable in workers", "substituted"))
 def test_every_tier_survives_kills(
     tier: str, live: Live, tmp_path: Path, shards: Path, whole: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from crews import Crews
+from marks import slow
 
 USER = Path(__file__).parent / "user"
 DATA = ("data.train._target_=mine.data.Stuck", "+data.train.rank=1", "+data.train.once=ONCE")
@@ -21,7 +22,12 @@ HANGS = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.campaign) if n in ("evaluation", "restore", "end") else n for n in HANGS]
+    "name",
+    [
+        "training",
+        *map(slow, ("dataset", "writer")),
+        *(pytest.param(name, marks=pytest.mark.campaign) for name in ("evaluation", "restore", "end")),
+    ],
 )
 def test_a_rank_that_hangs_is_named_with_its_line(name: str, crew: Crews, tmp_path: Path) -> None:
     rank, more, place = HANGS[name]

@@ -26,6 +26,7 @@ COMMAND = ("experiment=smoke", "trainer.max_steps=30", "checkpoint.every_steps=1
 
 
 def test_a_finished_run_prints_its_result_and_writes_nothing(life: Lives, tmp_path: Path) -> None:
+    """Nor does it import torch."""
     assert life(*COMMAND, f"run.root={tmp_path}").status == 0
     (run,) = (tmp_path / "smoke").iterdir()
     kept = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and ".hydra" not in path.parts}
@@ -35,10 +36,6 @@ def test_a_finished_run_prints_its_result_and_writes_nothing(life: Lives, tmp_pa
     assert "attempt" not in again.output
     log = run / "runner.log"
     assert all(path.stat().st_mtime_ns == time_ for path, time_ in kept.items() if path != log)
-
-
-def test_a_finished_run_is_reported_without_importing_torch(life: Lives, tmp_path: Path) -> None:
-    assert life(*COMMAND, f"run.root={tmp_path}").status == 0
     code = "import sys; from runner.__main__ import main; assert main() == 0; "
     code += "assert not {'torch', 'optuna'} & {*sys.modules}"
     command = [sys.executable, "-c", code, *COMMAND, f"run.root={tmp_path}"]
@@ -323,6 +320,7 @@ def test_a_limit_in_seconds_holds_over_all_attempts(life: Lives, tmp_path: Path)
     assert result["step"] <= 21
 
 
+@pytest.mark.slow
 def test_digits_are_learnt(life: Lives, tmp_path: Path) -> None:
     ended = life("experiment=digits", "trainer.max_steps=400", f"run.root={tmp_path}", "run.name=r")
     result = json.loads((tmp_path / "digits/r/result.json").read_text())

@@ -75,8 +75,8 @@ COMMITS = (1, 7, 20, 22, 31, 33)  # the study is made; trials are drawn and told
 @pytest.mark.parametrize(
     ("jobs", "kills"),
     [
-        (1, [{"operation": 20}, {"commit": 22}]),
-        slow(1, [{"commit": number} for number in COMMITS]),
+        (1, [{"commit": 22}]),
+        slow(1, [{"operation": 20}, *({"commit": number} for number in COMMITS)]),
         slow(2, [{"operation": 60}, {"commit": 38}]),
     ],
 )

@@ -110,6 +110,7 @@ def test_a_folder_that_hydra_made_is_there_after_a_cut(tmp_path: Path, monkeypat
     assert check(events, "outputs/experiment/run") > 1000
 
 
+@pytest.mark.slow
 def test_a_run_syncs_all_names_above_it_before_it_claims(tmp_path: Path) -> None:
     code = """
 import sys

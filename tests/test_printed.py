@@ -51,7 +51,7 @@ def test_the_ways_out_of_drift_can_be_pasted(name: str, life: Lives, tmp_path: P
         "runner.runs -h",
     ],
 )
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("unbuffered", ["", slow("1")])
 def test_a_reader_that_has_seen_enough_is_no_error(command: str, unbuffered: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)

@@ -304,6 +304,7 @@ def test_weights_that_were_built_frozen_are_trained_by_all(
         torch.testing.assert_close(whole[name], tensor, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_single_process_imports_no_torch_distributed(tmp_path: Path) -> None:
     code = """
 import sys, torch

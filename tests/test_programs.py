@@ -250,6 +250,7 @@ def test_a_missing_module_is_searched_in_named_folders(life: Lives, tmp_path: Pa
     assert f"Python looked in {tmp_path}, " in ended.output
 
 
+@pytest.mark.slow
 def test_the_console_command_beside_a_users_own_runner(tmp_path: Path) -> None:
     """Modules of the folder are imported, also in spawned workers, and a ``runner.py`` there shadows nothing."""
     (tmp_path / "runner.py").write_text("raise SystemExit('not this')\n")
