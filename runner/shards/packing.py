@@ -5,20 +5,18 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
 
 from runner.cache import LRUCache
 from runner.errors import DataError
 from runner.hashing import json_digest
-from runner.shards.tokens import RowLayout
+from runner.shards.tokens import Rows
 from runner.storage import files
 
 _DOCUMENTS_HELD = 8
 
 
-class Packed:
+class Packed(Rows):
     """A map-style data set of rows over joined documents: sample i is the tokens [i * length, (i + 1) * length + 1) of
     all documents, with ``separator`` between them if it is given. Samples are int64 tensors of shape [length + 1].
 
@@ -32,32 +30,21 @@ class Packed:
         counts = _lengths(lengths)
         if len(counts) != len(documents):
             raise DataError(f"there are {len(documents)} documents and {len(counts)} lengths; count the tokens again")
-        self._layout = RowLayout(counts, length=length, separator=separator)
-        if not self._layout.rows:
+        super().__init__(counts, length=length, separator=separator)
+        if not len(self):
             raise DataError(f"{counts.sum()} tokens are too few for a sample of {length + 1}; give more tokens")
         self._recent: LRUCache[NDArray[np.int64]] = LRUCache(_DOCUMENTS_HELD)
-
-    def __len__(self) -> int:
-        return self._layout.rows
-
-    def __getitem__(self, index: int) -> Tensor:
-        return torch.from_numpy(np.concatenate(self._layout.row(index, self._read)))
 
     @cached_property
     def counts(self) -> list[int]:
         """Samples that begin in each shard of the documents."""
-        return self._layout.counts(np.cumsum([0, *self.documents.counts]))
+        return self._counts(np.cumsum([0, *self.documents.counts]))
 
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits that change with the samples."""
-        facts = [self.documents.fingerprint, self._layout.length, self._layout.separator]
-        return json_digest(facts, self._layout.lengths.astype("<i8").tobytes())
-
-    def locate(self, index: int) -> str:
-        """Documents and tokens of a sample, for messages."""
-        spans = [(self._name(number), *span) for number, *span in self._layout.spans(index)]
-        return " and ".join(f"{name}, tokens {start} to {stop}" for name, start, stop in spans)
+        facts = [self.documents.fingerprint, self._length, self._separator]
+        return json_digest(facts, self._lengths.astype("<i8").tobytes())
 
     def hold(self, windows: int, window: int) -> None:
         """Keep enough documents in memory to read ``windows`` windows of ``window`` consecutive samples in turn."""
@@ -74,7 +61,7 @@ class Packed:
         if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
             kind = f"{tokens.dtype} of shape {list(tokens.shape)}"
             raise DataError(f"{self._name(number)}: expected a flat sequence of integers, found {kind}")
-        if len(tokens) != (expected := self._layout.lengths[number]):
+        if len(tokens) != (expected := self._lengths[number]):
             raise DataError(
                 f"{self._name(number)}: expected {expected} tokens, found {len(tokens)}. "
                 "Count the tokens again for new runs; a run that began with these lengths needs the original documents"
