@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from runner.errors import ConfigError, DataError
 from runner.shards import formats
 from runner.shards.records import Records
-from runner.shards.scan import save, scan
+from runner.shards.scan import Scan, save
 from runner.storage import files
 
 
@@ -198,13 +198,13 @@ def test_damaged_tars_are_refused_not_shortened(tmp_path: Path) -> None:
     for bad, told in ((good[:2100], "unexpected end"), (b"x" * 2000, "header"), (b"", "empty")):
         (tmp_path / "a.tar").write_bytes(bad)
         with pytest.raises(DataError, match=rf"a\.tar is not a whole tar archive: .*{told}"):
-            scan(str(tmp_path))
+            Scan(str(tmp_path)).run()
     (tmp_path / "a.tar").write_bytes(good[:1536] + b"damage" + good[1542:])
     with pytest.raises(DataError, match=r"a\.tar is damaged: no header at byte 1536"):
-        scan(str(tmp_path))
+        Scan(str(tmp_path)).run()
     pack(tmp_path / "a.tar", [("a.txt", b"1"), ("a.TXT", b"2")])
     with pytest.raises(DataError, match=r"record 'a' has two members \.txt; its second is at byte 1024"):
-        scan(str(tmp_path))
+        Scan(str(tmp_path)).run()
 
 
 def test_parquet_as_pyarrow_reads_it(tmp_path: Path, memory: str) -> None:
@@ -225,7 +225,7 @@ def test_a_file_that_is_no_parquet_is_reported(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match=r"cannot read .*a\.parquet: Arrow"):
-        scan(str(tmp_path))
+        Scan(str(tmp_path)).run()
 
 
 @pytest.mark.parametrize("suffixes", ["jsonl txt", "jsonl md", "tar.gz", "zip", "jsonl npy", ""])
@@ -234,7 +234,7 @@ def test_mixed_and_unknown_shards_are_refused(tmp_path: Path, suffixes: str) -> 
     for name in names:
         (tmp_path / name).write_text("1")
     with pytest.raises(DataError, match=r"unknown suffix|expected shards of one format") as refused:
-        scan(str(tmp_path))
+        Scan(str(tmp_path)).run()
     assert f"{tmp_path}/{names[-1]}" in str(refused.value)
 
 
@@ -256,7 +256,7 @@ def test_no_record_at_all_is_refused(tmp_path: Path) -> None:
 
 def test_a_configuration_that_says_two_things_is_refused(tmp_path: Path) -> None:
     folder = lines(tmp_path / "x", a="1")
-    save(f"{tmp_path}/m.json", scan(folder))
+    save(f"{tmp_path}/m.json", Scan(folder).run())
     for wrong in ({}, {"path": folder, "manifest": "m"}, {"path": folder, "format": "csv"}):
         with pytest.raises(ConfigError):
             Records(**wrong)  # type: ignore[arg-type]
@@ -297,7 +297,7 @@ def test_the_fingerprint_follows_names_sizes_and_counts(tmp_path: Path) -> None:
     }
     assert len(same) == 1
     assert len(same | others) == 5
-    save(f"{tmp_path}/m.json", scan(f"{tmp_path}/x"))
+    save(f"{tmp_path}/m.json", Scan(f"{tmp_path}/x").run())
     assert {Records(manifest=f"{tmp_path}/m.json").fingerprint} == same
 
 

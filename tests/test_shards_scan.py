@@ -18,7 +18,7 @@ from runner.errors import DataError
 from runner.shards import formats
 from runner.shards.__main__ import main
 from runner.shards.records import Records
-from runner.shards.scan import Scan, load, save, scan
+from runner.shards.scan import Scan, load, save
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_a_manifest_can_lie_in_any_store(folder: Path) -> None:
 
 def test_an_incomplete_manifest_names_the_command_to_mend_it(folder: Path) -> None:
     out = f"{folder}/shards.json"
-    save(out, scan(f"{folder}/a.jsonl"), command=f"python -m runner.shards {folder} --out {out}")
+    save(out, Scan(f"{folder}/a.jsonl").run(), command=f"python -m runner.shards {folder} --out {out}")
     with pytest.raises(DataError) as refused:
         Records(manifest=out)
     assert str(refused.value) == (
@@ -132,7 +132,7 @@ def test_a_shard_that_changes_under_the_scan_is_reported(folder: Path, monkeypat
     one = Scan(f"{folder}/a.jsonl")
     (folder / "a.jsonl").write_text("[1, 0]\n2\n")
     with pytest.raises(DataError, match=r"a\.jsonl changed while it was scanned: 7 bytes, now 9"):
-        one.run(jobs=1, progress=lambda size: None, save=lambda: None)
+        one.run()
 
 
 def long_scan(tmp_path: Path) -> tuple[Path, list[str]]:

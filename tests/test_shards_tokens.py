@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from runner.errors import ConfigError, DataError
-from runner.shards.scan import save, scan
+from runner.shards.scan import Scan, save
 from runner.shards.tokens import Tokens
 
 SIZES = (100, 0, 7, 1, 53)
@@ -97,7 +97,7 @@ def test_any_file_is_an_array_of_bytes(tmp_path: Path) -> None:
 
 def test_a_manifest_of_tokens(tmp_path: Path) -> None:
     shards(tmp_path / "x", "uint32", "bin")
-    save(f"{tmp_path}/m.json", scan(f"{tmp_path}/x", dtype="uint32"))
+    save(f"{tmp_path}/m.json", Scan(f"{tmp_path}/x", dtype="uint32").run())
     samples = Tokens(manifest=f"{tmp_path}/m.json", length=10)
     assert rows(samples) == rows(Tokens(path=f"{tmp_path}/x", length=10, dtype="uint32"))
     with pytest.raises(ConfigError, match="lists shards of tokens uint32, but the configuration says tokens uint16"):

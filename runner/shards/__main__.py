@@ -67,7 +67,7 @@ def _scan(parsed: argparse.Namespace, *, command: str) -> None:
         with tqdm(
             total=sum(scan.missing.values()), unit="B", unit_scale=True, desc="scan", dynamic_ncols=True, disable=None
         ) as bar:
-            scan.run(jobs=parsed.jobs, progress=bar.update, save=save)
+            complete = scan.run(jobs=parsed.jobs, progress=bar.update, save=save)
     except RunnerError:
         save(now=True)
         raise
@@ -75,7 +75,6 @@ def _scan(parsed: argparse.Namespace, *, command: str) -> None:
         save(now=True)
         counts = f"kept {kept}, scanned {missing - len(scan.missing)}, missing {len(scan.missing)}"
         raise Interrupted(f"stopped: {counts}; run it again") from None
-    complete = scan.manifest
     manifests.save(parsed.out, complete)
     shards, records = complete.shards, int(complete.firsts[-1])
     size = sum(shard.size for shard in shards)

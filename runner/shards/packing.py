@@ -10,13 +10,13 @@ from numpy.typing import ArrayLike, NDArray
 from runner.cache import LRUCache
 from runner.errors import DataError
 from runner.hashing import json_digest
-from runner.shards.tokens import Rows
+from runner.shards.tokens import TokenRows
 from runner.storage import files
 
 _DOCUMENTS_HELD = 8
 
 
-class Packed(Rows):
+class Packed(TokenRows):
     """A map-style data set of rows over joined documents: sample i is the tokens [i * length, (i + 1) * length + 1) of
     all documents, with ``separator`` between them if it is given. Samples are int64 tensors of shape [length + 1].
 

@@ -197,13 +197,6 @@ def _expect(condition: object, key: str, expected: str, value: object) -> None:
         raise _Invalid(f"{key}: expected {expected}, found {text if len(text) <= 60 else text[:60] + '...'}")
 
 
-def scan(paths: str | Sequence[str], *, kind: str | None = None, dtype: str | None = None, jobs: int = 4) -> Manifest:
-    """Scan the shards that paths, folders and globs name; returns their manifest."""
-    work = Scan(paths, kind=kind, dtype=dtype)
-    work.run(jobs=jobs, progress=lambda size: None, save=lambda: None)
-    return work.manifest
-
-
 class Scan:
     """A scan of the shards at ``paths``, and its results so far.
 
@@ -248,15 +241,16 @@ class Scan:
         """The manifest of the shards scanned so far, in the order of the listing."""
         return Manifest(self.kind, self.dtype, tuple(self._shards[url] for url in self._stats if url in self._shards))
 
-    @property
-    def manifest(self) -> Manifest:
-        """The complete manifest. Raises DataError if it contains no record."""
-        assert not self.missing, "run() comes first"
-        _require_records(self.partial.shards, self._where)
-        return self.partial
-
-    def run(self, *, jobs: int, progress: Callable[[int], object], save: Callable[[], object]) -> None:
-        """Scan the missing shards; calls ``progress`` with numbers of bytes, and ``save`` after each shard."""
+    def run(
+        self,
+        *,
+        jobs: int = 4,
+        progress: Callable[[int], object] = lambda size: None,
+        save: Callable[[], object] = lambda: None,
+    ) -> Manifest:
+        """Scan the missing shards; returns the complete manifest. Calls ``progress`` with numbers of bytes, and
+        ``save`` after each shard. Raises DataError if there is no record.
+        """
         missing = self.missing
         pool = ThreadPool(max(1, min(jobs, len(missing))))
         try:
@@ -269,6 +263,8 @@ class Scan:
             raise
         pool.close()
         pool.join()  # a process that forks later must have no other threads
+        _require_records(self.partial.shards, self._where)
+        return self.partial
 
     def _scan(self, url: str, *, progress: Callable[[int], object]) -> Shard:
         """Scan a shard, in one of the threads."""
@@ -299,7 +295,7 @@ def open_manifest(
         raise ConfigError(f"format={kind!r} is unknown; known formats: {', '.join(formats.KINDS)}")
     if manifest is None:
         assert path is not None
-        return scan(path, kind=kind, dtype=dtype)
+        return Scan(path, kind=kind, dtype=dtype).run()
     result = load(manifest)
     if kind not in (None, result.kind) or dtype not in (None, result.dtype):
         expected, actual = " ".join(filter(None, (kind, dtype))), " ".join(filter(None, (result.kind, result.dtype)))

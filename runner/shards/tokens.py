@@ -23,7 +23,7 @@ _MAPS_HELD = 64  # open memory maps, each of which has a file descriptor
 _WIDENED = {"uint16": "int32", "uint32": "int64", "uint64": "int64"}
 
 
-class Rows(ABC):
+class TokenRows(ABC):
     """Rows of ``length`` + 1 tokens over sequences of given ``lengths`` that are joined, as by ``str.join``, with
     ``separator``. Raises ConfigError for an impossible ``length``.
 
@@ -93,7 +93,7 @@ class Rows(ABC):
         return counts
 
 
-class Tokens(Rows):
+class Tokens(TokenRows):
     """A map-style data set of rows from flat arrays of tokens, which are joined, with ``separator`` between them if it
     is given. Sample i is the tokens [i * length, (i + 1) * length + 1): neighbours overlap by one token.
 
