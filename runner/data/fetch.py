@@ -138,10 +138,9 @@ class Fetcher(Dataset[Any]):
         self._reads += 1
         measures = self.timed and self._reads % _MEASURE_EVERY == 1
         began, on_core = time.perf_counter(), time.thread_time() if measures else 0.0
-        try:
-            rows = read(piece)
-        except _NoSubstituteError as error:
-            return FetchedBatch(piece.first, None, bad_records=error.args)
+        rows = read(piece)
+        if len(rows) < piece.count:
+            return FetchedBatch(piece.first, None, bad_records=(self._bad_records[-1],))
         if self.plan.randomness != "off" and self.collate is not default_collate:
             seed_host(self._key("collate", piece))  # else its draws would depend on those of the last sample
         try:
@@ -172,20 +171,16 @@ class Fetcher(Dataset[Any]):
                 if seed is not None:
                     seed(self._key("batch", piece))
                 seed = None
-            failure = None
-            try:
-                rows = self._read(piece, seed)
-            except _NoSubstituteError as error:
-                failure = error
+            rows = self._read(piece, seed)
             unseeded = changed_generators() - self.generators
             if not unseeded:
-                if failure is not None:
-                    raise failure
                 return rows
             self.generators |= unseeded
 
     def _read(self, piece: Slice, seed: "Callable[[int], object] | None" = None) -> list[Any]:
-        """The samples of the slice, each drawn after ``seed`` was called with the key of its position."""
+        """The samples of the slice, each drawn after ``seed`` was called with the key of its position; those before
+        the first sample that has no substitute either.
+        """
         indices, keys, self._digest = self._lookup(piece)
         self._bad_records = []
         if seed is None and not self.generators and not self.substitutions:
@@ -193,8 +188,13 @@ class Fetcher(Dataset[Any]):
                 rows = self._items(indices)
                 if all(row is not None for row in rows):
                     return rows
-        numbered = enumerate(zip(indices, keys, strict=True), piece.first)
-        return [self._row(position, index, key, seed) for position, (index, key) in numbered]
+        rows = []
+        for position, (index, key) in enumerate(zip(indices, keys, strict=True), piece.first):
+            row = self._row(position, index, key, seed)
+            if row is None:
+                break
+            rows.append(row)
+        return rows
 
     def _items(self, indices: list[int]) -> list[Any]:
         """The samples, by one call if the data set allows it."""
@@ -230,8 +230,8 @@ class Fetcher(Dataset[Any]):
         return self._blocks.get((epoch, number), compute)
 
     def _row(self, position: int, index: int, key: int, seed: "Callable[[int], object] | None") -> Any:
-        """The sample of a position, or its substitute. Raises _NoSubstituteError."""
-        candidate, cause = index, ""
+        """The sample of a position, or its substitute; None if there is neither."""
+        candidate, cause, row = index, "", None
         if position in self.substitutions:
             candidate, cause = self.substitutions[position], "an earlier attempt replaced it in this step"
         for attempt in range(1 + MAX_SUBSTITUTES * self.substitute):
@@ -244,11 +244,12 @@ class Fetcher(Dataset[Any]):
             except Exception as error:
                 cause = cause if attempt else _traceback(error)
                 candidate = derive("substitute", key, attempt) % self.plan.samples
-                continue
-            if cause:
-                self._bad_records.append(BadRecord(position, index, sample_name(self.samples, index), cause, candidate))
-            return row
-        raise _NoSubstituteError(BadRecord(position, index, sample_name(self.samples, index), cause, None))
+            else:
+                break
+        if cause:
+            substitute = None if row is None else candidate
+            self._bad_records.append(BadRecord(position, index, sample_name(self.samples, index), cause, substitute))
+        return row
 
     def sample(self, index: int, key: int, seed: "Callable[[int], object] | None") -> Any:
         """A sample, read after ``seed(key)``, and read again after an error that may pass."""
@@ -287,10 +288,6 @@ _COLUMNS: dict[type, Callable[[Any], Tensor]] = {
     Tensor: _stack,
     int: lambda column: torch.frombuffer(array("q", column), dtype=torch.int64),
 }
-
-
-class _NoSubstituteError(Exception):
-    """Neither a sample nor its substitutes can be read. The argument is the BadRecord."""
 
 
 def sample_name(samples: Samples, index: int) -> str:
