@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from runner.callbacks.base import Callback, Observer, TrainingSetup, notify, observers
-from runner.callbacks.evaluate import Best, EarlyStopping, Evaluate, Evaluator, Interval, LastEvaluation, StepSchedule
+from runner.callbacks.evaluate import Best, EarlyStopping, Evaluate, Interval, LastEvaluation, StepSchedule
 from runner.callbacks.reporting import FiniteLoss, KeepLedger, NoteProgress, Report, ShowProgress
 from runner.callbacks.saving import SaveCheckpoint, SaveTimer
 from runner.checkpoint.store import CheckpointStore, Retention
@@ -33,7 +33,7 @@ from runner.data.training_data import loader_options, require_map_style, trainin
 from runner.distributed.communicator import Parallelism, Team
 from runner.distributed.world import World
 from runner.errors import ConfigError, RunnerError, import_hint
-from runner.evaluation import train_mode
+from runner.evaluation import Evaluator
 from runner.hashing import derive
 from runner.metrics.lines import LinesWriter
 from runner.metrics.service import ServiceProcess, ServiceWriter
@@ -56,7 +56,7 @@ from runner.run.attempts import Attempt
 from runner.run.opening import RunSpec
 from runner.state import Progress, Stateful, TrainState
 from runner.task import Task
-from runner.update import WeightUpdate, moving_average
+from runner.update import WeightUpdate, moving_average, train_mode
 
 log = logging.getLogger("runner")
 

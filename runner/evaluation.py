@@ -3,9 +3,11 @@
 import json
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import deepcopy
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from textwrap import shorten
@@ -19,11 +21,11 @@ from runner.activity import doing
 from runner.checkpoint.encoding import decode, encode, is_expanded
 from runner.checkpoint.sharding import is_distributed, local
 from runner.data.stream import EvaluationData
-from runner.distributed.communicator import Team, on_all_ranks
-from runner.errors import ConfigError, EvaluationFailed, TaskError, printable
+from runner.distributed.communicator import Parallelism, Team, on_all_ranks
+from runner.errors import ConfigError, EvaluationFailed, Interrupted, TaskError, printable
 from runner.hashing import derive
 from runner.rng import seed_all, temporary_seed
-from runner.task import Metrics, Task, check_metrics, type_text
+from runner.task import Task, check_metrics, type_text
 
 _SAMPLES = ""  # the key of the number of samples among the sums; no metric has this name
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
@@ -50,76 +52,149 @@ class EvaluationInterrupted(Exception):
     """A stop signal arrived during the evaluation; the resumed run repeats it."""
 
 
-@doing("ends evaluation")
-def evaluate(
-    task: Task,
-    model: nn.Module,
-    sets: Mapping[str, EvaluationData],
-    *,
-    key: int,
-    autocast: Callable[[], AbstractContextManager[Any]],
-    team: Team,
-    trained: nn.Module | None = None,
-    metric: str | None = None,
-    changed: set[str] | None = None,
-) -> dict[str, float | str]:
-    """The task's report over all data of each of the ``sets``, as ``set/metric``. Means are weighted by batch size, and
-    summed in double precision. The processes of the team divide the batches among themselves.
-
-    Runs without gradients, in evaluation mode and with a random seed of ``key``. ``trained`` is the model in training,
-    where its average is evaluated. Warns of weights and buffers that the evaluation changed, and of metrics of the task
-    that it did not reset, unless their names are among those already ``changed``, to which they are added.
-
-    Raises EvaluationInterrupted after a stop signal, and EvaluationFailed for any error and for a report without the
-    ``metric``, in all processes and with the buffers of both models and the task's state as they were before. An
-    evaluation that has changed weights cannot be undone: after a signal it is finished first, and its own error is
-    raised as it is. Nor can a failure of ``evaluation_step`` with FSDP, since other processes may wait for its slices.
+@dataclass(eq=False)
+class Evaluator:
+    """Evaluates a state on the sets of ``data.validation``, whose names are ``val`` or ``val/NAME``, and once, with the
+    weights of the result, on those of ``data.test`` (``test`` or ``test/NAME``). The processes of the team divide the
+    batches of a set among themselves.
     """
-    backup = _Backup([*dict.fromkeys([model, trained or model])], task)
-    report: dict[str, float | str] = {}
-    updates = _updates(task)
-    try:
-        for name, data in sets.items():
-            seed = derive(name, key) if len(sets) > 1 else key
-            with evaluation_mode(model), temporary_seed(seed), torch.no_grad(), autocast():
-                values = _report(task, model, data, team, backup, seed)
-            report |= {f"{name}/{each}": value for each, value in values.items()}
-        if metric is not None:
-            _in_all(team, lambda: objective(report, metric))
-    except EvaluationInterrupted:
-        raise
-    except (signals.Stopped, Exception) as error:
-        agreed = getattr(error, "agreed", False)
-        if (team.world.size > 1 and not agreed) or not backup.restore(team):
+
+    task: Task
+    autocast: Callable[[], AbstractContextManager[Any]]
+    parallelism: Parallelism
+    team: Team
+    seed: int
+    metric: str | None
+    validation: Mapping[str, EvaluationData]
+    test: Mapping[str, EvaluationData]
+    check_batches: int = 0
+
+    def __post_init__(self) -> None:
+        self._changed: set[str] = set()  # names of weights, buffers and metrics whose change was warned of
+
+    def evaluate_validation(self, model: nn.Module, trained: nn.Module, step: int) -> dict[str, float | str]:
+        """The report on all validation sets after a step. ``trained`` is the model in training, of which ``model`` may
+        be the average. Warns, once for each, of its weights and buffers that the evaluation changed, and of metrics of
+        the task that it did not reset.
+
+        Raises EvaluationInterrupted after a stop signal, and EvaluationFailed for any error and for a report without
+        the objective, in all processes and with the buffers of both models and the task's state as they were before. An
+        evaluation that has changed weights cannot be undone: after a signal it is finished first, and its own error is
+        raised as it is. Nor can a failure of ``evaluation_step`` with FSDP, since other processes may wait for its
+        slices.
+        """
+        backup = _Backup([*dict.fromkeys([model, trained])], self.task)
+        updates = _updates(self.task)
+        key = derive("evaluation", self.seed, step)
+        report = self._evaluate(model, self.validation, key, backup, metric=self.metric)
+        self._warn(_SIDE_EFFECT, backup.changes(), type(self.task).__name__)
+        self._warn(_NOT_RESET, {name for name, count in _updates(self.task).items() if count > updates.get(name, 0)})
+        return report
+
+    def evaluate_test(self, model: nn.Module) -> dict[str, float | str]:
+        """The report on all test sets; every step is committed. Raises Interrupted and EvaluationFailed."""
+        try:
+            return self._evaluate(model, self.test, derive("test", self.seed), _Backup([model], self.task))
+        except EvaluationInterrupted:
+            raise self._interrupted("in the evaluation of data.test, before which every step was committed") from None
+        except EvaluationFailed as error:
+            remedy = "Correct the code, and run the same command again"
+            error.extend(f"This is the evaluation of data.test, before which every step was committed. {remedy}")
             raise
-        if not isinstance(error, Exception):
-            raise EvaluationInterrupted from error
-        raise error if isinstance(error, EvaluationFailed) else EvaluationFailed.of(error, agreed=agreed) from error
-    if changed is not None and (names := backup.changes() - changed):
-        changed |= names
-        log.warning(_SIDE_EFFECT, printable(shorten(", ".join(sorted(names)), 200)), type(task).__name__)
-    not_reset = {name for name, count in _updates(task).items() if count > updates.get(name, 0)}
-    if changed is not None and (names := not_reset - changed):
-        changed |= names
-        log.warning(_NOT_RESET, ", ".join(sorted(names)))
-    return report
+        finally:
+            self.team.disarm_timeout()
+
+    def rehearse(self, models: Sequence[nn.Module]) -> None:
+        """Evaluate ``check_batches`` of each set by the first of the ``models``, so that a mistake shows before
+        training. Leaves no trace in any of them.
+        """
+        batches = self.check_batches
+        if not batches or not (self.validation or self.test):
+            return
+        with ExitStack() as stack:
+            copies = stack.enter_context(without_trace(self.task, [*dict.fromkeys(models)], self.team))
+            if copies is None:
+                log.info("check    no batch is evaluated before training: a copy of model and task cannot be made")
+                return
+            if "torch._dynamo" in sys.modules:  # its guards would remember the shapes
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            heads = [{name: data.head(batches) for name, data in sets.items()} for sets in (self.validation, self.test)]
+            for data in (data for sets in heads for data in sets.values()):
+                stack.callback(data.close)
+            task, (model, *_) = copies
+            rehearsal = replace(self, task=task)
+            try:
+                rehearsal._evaluate(model, heads[0], 0, _Backup([model], task), metric=self.metric)
+                rehearsal._evaluate(model, heads[1], 0, _Backup([model], task))
+            except EvaluationInterrupted:
+                raise self._interrupted("during start-up, nothing to commit") from None
+            except EvaluationFailed as error:
+                where = f"the first {batches} batches of each evaluation set, without a trace, before the first step"
+                error.extend(f"This is the evaluation of {where} (runtime.check_batches; 0 leaves it out)")
+                raise
+        self.team.disarm_timeout()
+
+    def close(self) -> None:
+        """End the workers."""
+        for data in (*self.validation.values(), *self.test.values()):
+            data.close()
+
+    @doing("ends evaluation")
+    def _evaluate(
+        self,
+        model: nn.Module,
+        sets: Mapping[str, EvaluationData],
+        key: int,
+        backup: "_Backup",
+        metric: str | None = None,
+    ) -> dict[str, float | str]:
+        """The task's report over all data of each of the ``sets``, as ``set/metric``. Means are weighted by batch size,
+        and summed in double precision. Runs without gradients, in evaluation mode and with a random seed of ``key``.
+        """
+        report: dict[str, float | str] = {}
+        try:
+            for name, data in sets.items():
+                seed = derive(name, key) if len(sets) > 1 else key
+                with evaluation_mode(model), temporary_seed(seed), torch.no_grad(), self.autocast():
+                    values = self._report(model, data, backup, seed)
+                report |= {f"{name}/{each}": value for each, value in values.items()}
+            if metric is not None:
+                _in_all(self.team, lambda: objective(report, metric))
+        except EvaluationInterrupted:
+            raise
+        except (signals.Stopped, Exception) as error:
+            agreed = getattr(error, "agreed", False)
+            if (self.team.world.size > 1 and not agreed) or not backup.restore(self.team):
+                raise
+            if not isinstance(error, Exception):
+                raise EvaluationInterrupted from error
+            raise error if isinstance(error, EvaluationFailed) else EvaluationFailed.of(error, agreed=agreed) from error
+        # An evaluation may move buffers, too, in each process by the batches that it has.
+        self.parallelism.sync_buffers()
+        return report
+
+    def _report(
+        self, model: nn.Module, data: EvaluationData, backup: "_Backup", seed: int
+    ) -> Mapping[str, float | str]:
+        metrics = _aggregate(self.task, model, data, self.team, backup)
+        if self.team.world.size > 1:  # the batches of the processes may have drawn different random numbers
+            seed_all(seed)
+        report = _in_all(self.team, lambda: _checked_report(self.task.evaluation_end(model, metrics), self.task))
+        return same_for_all(report, self.team, f"{type(self.task).__name__}.evaluation_end", _REMEDY)
+
+    def _warn(self, text: str, names: set[str], *arguments: str) -> None:
+        if names := names - self._changed:
+            self._changed |= names
+            log.warning(text, printable(shorten(", ".join(sorted(names)), 200)), *arguments)
+
+    def _interrupted(self, where: str) -> Interrupted:
+        return Interrupted(f"{self.team.stop} {where}; run the same command again to continue", agreed=True)
 
 
 def _updates(task: Task) -> dict[str, int]:
     """How often each metric of torchmetrics that the task has was updated since its last reset."""
     parts = {f"task.{name}": part for name, part in vars(task).items() if isinstance(part, nn.Module)}
     return {name: max(getattr(each, "update_count", 0) for each in part.modules()) for name, part in parts.items()}
-
-
-def _report(
-    task: Task, model: nn.Module, data: EvaluationData, team: Team, backup: "_Backup", seed: int
-) -> Mapping[str, float | str]:
-    name = type(task).__name__
-    metrics = _aggregate(task, model, data, team, backup)
-    if team.world.size > 1:  # the batches of the processes may have drawn different random numbers
-        seed_all(seed)
-    report = _in_all(team, lambda: _checked_report(task.evaluation_end(model, metrics), task))
-    return same_for_all(report, team, f"{name}.evaluation_end", _REMEDY)
 
 
 def _in_all(team: Team, work: Callable[[], T], polls: Iterable[bool] = ()) -> T:
@@ -175,40 +250,18 @@ def same_for_all(report: Mapping[str, float | str], team: Team, source: str, rem
     raise TaskError(f"{source} reports {name!r} as {values}. {remedy}", agreed=True)
 
 
-class _Totals:
-    """The sums of the metrics of a process's batches, weighted by samples, and the rows of each batch."""
-
-    def __init__(self) -> None:
-        self.samples = 0
-        self.sums: dict[str, Tensor] = {}
-        self.rows: list[dict[str, Tensor]] = []
-
-    def add(self, count: int, metrics: Metrics) -> None:
-        """Add a batch of ``count`` samples; one without samples shows the names of metrics alone."""
-        for name, value in metrics.items():
-            if not value.dim():
-                weighted = value.detach().double() * count if count else torch.zeros_like(value, dtype=torch.double)
-                self.sums[name] = self.sums[name] + weighted if name in self.sums else weighted
-        if count:
-            self.rows.append({name: value.detach().cpu() for name, value in metrics.items() if value.dim()})
-        self.samples += count
-
-
 @doing("evaluates")
 def _aggregate(task: Task, model: nn.Module, data: EvaluationData, team: Team, backup: "_Backup") -> dict[str, Any]:
     """Of each metric the mean over all samples of all processes, or all rows in the order of the samples."""
-    totals = _Totals()
     polls = _interruption_points(len(data) + 1, team, backup)  # the last one before the end of the data is seen
-    measure = partial(_measure, totals, polls, task, model, data)
-    if any(map(is_distributed, model.parameters())):
-        measure()
-    else:
-        _in_all(team, measure, polls)
+    measure = partial(_measure, polls, task, model, data)
+    sharded = any(map(is_distributed, model.parameters()))
+    samples, totals, rows = measure() if sharded else _in_all(team, measure, polls)
     zero = torch.zeros((), dtype=torch.double, device=data.device)
-    shares = {name: totals.sums.get(name, zero) for name in team.union([*totals.sums])}
-    sums = team.sum_tensors({**shares, _SAMPLES: zero + totals.samples})
+    shares = {name: totals.get(name, zero) for name in team.union([*totals])}
+    sums = team.sum_tensors({**shares, _SAMPLES: zero + samples})
     means = {name: value.item() / sums[_SAMPLES].item() for name, value in sums.items() if name != _SAMPLES}
-    return means | _join_rows(totals.rows, team, f"{type(task).__name__}.evaluation_step")
+    return means | _join_rows(rows, team, f"{type(task).__name__}.evaluation_step")
 
 
 def _interruption_points(number: int, team: Team, backup: "_Backup") -> Iterator[bool]:
@@ -221,8 +274,13 @@ def _interruption_points(number: int, team: Team, backup: "_Backup") -> Iterator
         yield team.world.size == 1 and not backup.irreversible
 
 
-def _measure(totals: _Totals, polls: Iterator[bool], task: Task, model: nn.Module, data: EvaluationData) -> None:
-    """Add the metrics of all batches of this process to ``totals``."""
+def _measure(
+    polls: Iterator[bool], task: Task, model: nn.Module, data: EvaluationData
+) -> tuple[int, dict[str, Tensor], list[dict[str, Tensor]]]:
+    """The number of samples of this process, the sums of its metrics, weighted by samples, and the rows of each batch.
+    A batch without samples shows the names of metrics alone.
+    """
+    samples, sums, rows = 0, dict[str, Tensor](), list[dict[str, Tensor]]()
     step = f"{type(task).__name__}.{_step_of(task)}"
     batches = iter(data)
     for at_once in polls:
@@ -233,9 +291,17 @@ def _measure(totals: _Totals, polls: Iterator[bool], task: Task, model: nn.Modul
         own = task
         if not count:  # the batch of another process, which must not count in what the task adds up
             task = copy_of(task, [model, *_weights_of(task, model)]) or task
-        totals.add(count, check_metrics(task.evaluation_step(model, batch), step, training=False))
+        metrics = check_metrics(task.evaluation_step(model, batch), step, training=False)
+        for name, value in metrics.items():
+            if not value.dim():
+                weighted = value.detach().double() * count if count else torch.zeros_like(value, dtype=torch.double)
+                sums[name] = sums[name] + weighted if name in sums else weighted
+        if count:
+            samples += count
+            rows.append({name: value.detach().cpu() for name, value in metrics.items() if value.dim()})
         if task is not own:
             _type_empty_lists(own, task)
+    return samples, sums, rows
 
 
 def _type_empty_lists(task: Task, copy: Task) -> None:
@@ -411,29 +477,3 @@ def _checked_report(report: Any, task: Task) -> Mapping[str, float | str]:
 def _step_of(task: Task) -> str:
     """The method that computes the metrics of a batch."""
     return "training_step" if type(task).evaluation_step is Task.evaluation_step else "evaluation_step"
-
-
-def train_mode(model: nn.Module) -> None:
-    """Call ``model.train()``, because ``from_pretrained`` returns models in evaluation mode; and log what this changed.
-
-    In a model that is in training mode, two kinds of children keep their evaluation mode, since somebody meant it:
-    frozen ones (weights, none of which is trained), and single layers such as a batch norm.
-    """
-    evaluating: set[nn.Module] = set()
-    for part in model.modules() if model.training else ():
-        for child in part.children():
-            single = part.training and not any(True for _ in child.children())
-            frozen = [weight.requires_grad for weight in child.parameters()]
-            if not child.training and (single or (frozen and not any(frozen))):
-                evaluating |= {inner for inner in child.modules() if not inner.training}
-    names = {name for name, part in model.named_modules() if not part.training and part not in evaluating}
-    try:
-        model.train()
-    except NotImplementedError as error:
-        remedy = "Give the module as it was before torch.export, and export the trained weights later"
-        raise ConfigError(f"model cannot be put into training mode: {error} {remedy}") from error
-    for part in evaluating:
-        part.training = False
-    outer = [name for name in names if name.rpartition(".")[0] not in names - {name}]
-    if names:
-        log.info("model    %s came in evaluation mode, and trains now", ", ".join(sorted(outer)) or "it")

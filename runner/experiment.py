@@ -91,7 +91,7 @@ def run(spec: RunSpec, config: Config, team: Team) -> dict[str, Any]:
         signals.raise_if_received("during start-up, nothing to commit")
 
         if resumed.commit is None or resumed.origin is not None:
-            parts.evaluator.rehearse(parts.state)
+            parts.evaluator.rehearse([parts.state.evaluated_model, parts.state.model])
         loop = _train(spec, parts, setup, calls, resumed, team)
         result = finish(spec, parts, setup, loop, team.comm, attempt, config.checkpoint.max_unsaved)
         notify(callbacks.values(), "on_finish", spec.directory, result)
@@ -380,7 +380,7 @@ def _test_report(parts: Parts, setup: TrainingSetup, result: dict[str, Any], com
     except Damaged as error:
         log.warning("data.test is not evaluated: step %d was the best, but %s", step, error)
         return {}
-    report = parts.evaluator.evaluate_test(state)
+    report = parts.evaluator.evaluate_test(state.evaluated_model)
     log.info("test     step %d: %s", step, numbers_text(report))
     return {name: _number(value) for name, value in report.items() if not isinstance(value, str)}
 

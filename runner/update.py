@@ -1,5 +1,8 @@
-"""One optimizer step: precision, loss scaling, clipping, what to do without a finite loss, weight averaging."""
+"""One optimizer step: precision, loss scaling, clipping, what to do without a finite loss, weight averaging; and how a
+model is prepared for training.
+"""
 
+import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field
@@ -14,6 +17,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from runner.distributed.communicator import Parallelism
 from runner.errors import ConfigError, NonFiniteError, TaskError
 from runner.optimizers import Named, by_name, weights_of
+
+log = logging.getLogger("runner")
 
 _NORM = "grad_norm"
 
@@ -281,6 +286,32 @@ def _gradient_values(weights: Sequence[Tensor]) -> list[Tensor]:
     """The gradients, of sparse ones the values."""
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     return [each._values() if each.is_sparse else each for each in gradients]
+
+
+def train_mode(model: nn.Module) -> None:
+    """Call ``model.train()``, because ``from_pretrained`` returns models in evaluation mode; and log what this changed.
+
+    In a model that is in training mode, two kinds of children keep their evaluation mode, since somebody meant it:
+    frozen ones (weights, none of which is trained), and single layers such as a batch norm.
+    """
+    evaluating: set[nn.Module] = set()
+    for part in model.modules() if model.training else ():
+        for child in part.children():
+            single = part.training and not any(True for _ in child.children())
+            frozen = [weight.requires_grad for weight in child.parameters()]
+            if not child.training and (single or (frozen and not any(frozen))):
+                evaluating |= {inner for inner in child.modules() if not inner.training}
+    names = {name for name, part in model.named_modules() if not part.training and part not in evaluating}
+    try:
+        model.train()
+    except NotImplementedError as error:
+        remedy = "Give the module as it was before torch.export, and export the trained weights later"
+        raise ConfigError(f"model cannot be put into training mode: {error} {remedy}") from error
+    for part in evaluating:
+        part.training = False
+    outer = [name for name in names if name.rpartition(".")[0] not in names - {name}]
+    if names:
+        log.info("model    %s came in evaluation mode, and trains now", ", ".join(sorted(outer)) or "it")
 
 
 def moving_average(model: nn.Module, decay: float) -> AveragedModel:

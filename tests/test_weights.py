@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from runner.errors import ConfigError, TaskError
-from runner.evaluation import evaluation_mode, train_mode
-from runner.update import WeightUpdate, moving_average, update_average
+from runner.evaluation import evaluation_mode
+from runner.update import WeightUpdate, moving_average, train_mode, update_average
 
 CPU = torch.device("cpu")
 

@@ -2,23 +2,13 @@
 
 import logging
 import math
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import nn
-
 from runner.callbacks.base import FAILED, Callback, Loop
-from runner.data.stream import EvaluationData
-from runner.distributed.communicator import Parallelism, Team
-from runner.errors import EvaluationFailed, Interrupted, printable
-from runner.evaluation import EvaluationInterrupted, evaluate, objective, without_trace
-from runner.hashing import derive
-from runner.state import TrainState
-from runner.task import Task
+from runner.errors import EvaluationFailed, printable
+from runner.evaluation import EvaluationInterrupted, Evaluator, objective
 
 log = logging.getLogger("runner")
 
@@ -37,89 +27,6 @@ class Interval:
         if self.steps is not None and step % self.steps == 0:
             return True
         return self.epochs is not None and epochs // self.epochs > epochs_before // self.epochs
-
-
-@dataclass(eq=False)
-class Evaluator:
-    """Evaluates a state on the sets of ``data.validation``, whose names are ``val`` or ``val/NAME``, and once, with the
-    weights of the result, on those of ``data.test`` (``test`` or ``test/NAME``).
-    """
-
-    task: Task
-    autocast: Callable[[], AbstractContextManager[Any]]
-    parallelism: Parallelism
-    team: Team
-    seed: int
-    metric: str | None
-    validation: Mapping[str, EvaluationData]
-    test: Mapping[str, EvaluationData]
-    check_batches: int = 0
-
-    def __post_init__(self) -> None:
-        self._changed: set[str] = set()  # names of weights and buffers whose change was warned of
-
-    def evaluate_validation(self, state: TrainState) -> dict[str, float | str]:
-        """The report on all validation sets after a step. Raises as ``evaluate`` does."""
-        key = derive("evaluation", self.seed, state.progress.step)
-        options = {"trained": state.model, "metric": self.metric, "changed": self._changed}
-        return self._report(self.task, state.evaluated_model, self.validation, key, **options)
-
-    def evaluate_test(self, state: TrainState) -> dict[str, float | str]:
-        """The report on all test sets; every step is committed. Raises Interrupted and EvaluationFailed."""
-        try:
-            return self._report(self.task, state.evaluated_model, self.test, derive("test", self.seed))
-        except EvaluationInterrupted:
-            raise self._interrupted("in the evaluation of data.test, before which every step was committed") from None
-        except EvaluationFailed as error:
-            remedy = "Correct the code, and run the same command again"
-            error.extend(f"This is the evaluation of data.test, before which every step was committed. {remedy}")
-            raise
-        finally:
-            self.team.disarm_timeout()
-
-    def rehearse(self, state: TrainState) -> None:
-        """Evaluate ``check_batches`` of each set, so that a mistake shows before training. Leaves no trace."""
-        batches = self.check_batches
-        if not batches or not (self.validation or self.test):
-            return
-        models = [*dict.fromkeys([state.evaluated_model, state.model])]
-        with ExitStack() as stack:
-            copies = stack.enter_context(without_trace(self.task, models, self.team))
-            if copies is None:
-                log.info("check    no batch is evaluated before training: a copy of model and task cannot be made")
-                return
-            if "torch._dynamo" in sys.modules:  # its guards would remember the shapes
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            heads = [{name: data.head(batches) for name, data in sets.items()} for sets in (self.validation, self.test)]
-            for data in (data for sets in heads for data in sets.values()):
-                stack.callback(data.close)
-            task, (model, *_) = copies
-            try:
-                self._report(task, model, heads[0], 0, metric=self.metric)
-                self._report(task, model, heads[1], 0)
-            except EvaluationInterrupted:
-                raise self._interrupted("during start-up, nothing to commit") from None
-            except EvaluationFailed as error:
-                where = f"the first {batches} batches of each evaluation set, without a trace, before the first step"
-                error.extend(f"This is the evaluation of {where} (runtime.check_batches; 0 leaves it out)")
-                raise
-        self.team.disarm_timeout()
-
-    def close(self) -> None:
-        """End the workers."""
-        for data in (*self.validation.values(), *self.test.values()):
-            data.close()
-
-    def _report(
-        self, task: Task, model: nn.Module, sets: Mapping[str, EvaluationData], key: int, **options: Any
-    ) -> dict[str, float | str]:
-        report = evaluate(task, model, sets, key=key, autocast=self.autocast, team=self.team, **options)
-        # An evaluation may move buffers, too, in each process by the batches that it has.
-        self.parallelism.sync_buffers()
-        return report
-
-    def _interrupted(self, where: str) -> Interrupted:
-        return Interrupted(f"{self.team.stop} {where}; run the same command again to continue", agreed=True)
 
 
 @dataclass(eq=False)
@@ -145,7 +52,8 @@ class Evaluate(Callback):
         if loop.step == self.step or not (due or loop.stop is not None):
             return
         try:
-            loop.evaluation = report = self.evaluator.evaluate_validation(loop.state)
+            models = loop.state.evaluated_model, loop.state.model
+            loop.evaluation = report = self.evaluator.evaluate_validation(*models, loop.step)
         except EvaluationInterrupted:
             loop.evaluation_due = True
             return
