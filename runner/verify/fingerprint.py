@@ -217,13 +217,20 @@ def plain_bytes(value: Any) -> bytes | None:
     base = base_of(value, dict, list, tuple, deque)
     if base is None:
         return None
-    content = [*dict.items(value)] if base is dict else [*base.__iter__(value)]
-    if is_a(value, OrderedDict):
-        content += OrderedDict.__iter__(value)
+    content = items(value) if base is dict else [*base.__iter__(value)]
     try:
         return marshal.dumps(content, 2)  # this version depends on values alone
     except ValueError:
         return None
+
+
+def items(value: Any) -> list[tuple[Any, Any]]:
+    """The items of a dict in their order, without a method that its class overrides."""
+    pairs = [*dict.items(value)]
+    if not is_a(value, OrderedDict):
+        return pairs
+    by_id = {id(key): (key, inner) for key, inner in pairs}
+    return [by_id[id(key)] for key in OrderedDict.__iter__(value)]
 
 
 def _unordered(value: Any) -> str:

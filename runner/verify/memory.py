@@ -8,7 +8,7 @@ are not the user's.
 import sys
 import types
 import weakref
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
@@ -326,7 +326,7 @@ def _inside(value: Any) -> Iterator[Value]:
     """The values inside a value, with their relative paths."""
     if is_a(value, dict):
         keys = []
-        for number, (key, inner) in enumerate(items(value)[-_MANY:]):
+        for number, (key, inner) in enumerate(fingerprint.items(value)[-_MANY:]):
             keys.append(_key(key, number))
             yield Value(f"[{keys[-1]}]", inner, "item", key)
         if len(keys) > 1:
@@ -364,15 +364,6 @@ def _inside_code(value: Any) -> Iterator[Value]:
         yield Value(" (its value)", value.get(None), "context", None)
     elif is_a(value, weakref.ref):
         yield Value(" (its object)", weakref.ref.__call__(value), "", None)
-
-
-def items(value: Any) -> list[tuple[Any, Any]]:
-    """The items of a dict in their order, without a method that its class overrides."""
-    pairs = [*dict.items(value)]
-    if not is_a(value, OrderedDict):
-        return pairs
-    by_id = {id(key): (key, inner) for key, inner in pairs}
-    return [by_id[id(key)] for key in OrderedDict.__iter__(value)]
 
 
 def _key(key: Any, number: int) -> str:

@@ -205,7 +205,7 @@ def _transfer(old: Any, new: Any) -> bool:
 
 def _transfer_items(old: Any, new: Any) -> bool:
     if is_a(old, dict):
-        content = memory.items(new)
+        content = fingerprint.items(new)
         before = {id(key): dict.get(old, key) for key, _ in content}
         kind = OrderedDict if is_a(old, OrderedDict) else dict  # an OrderedDict has its order outside of the dict
         kind.clear(old)

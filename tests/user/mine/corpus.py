@@ -2,21 +2,14 @@
 it as ``runner.verify`` advises. The comment ``culprit`` marks the line that it has to name.
 """
 
-import ctypes
 import functools
-import io
-import itertools
 import multiprocessing
 import random
 import sqlite3
 import threading
 import weakref
-from array import array
-from collections import deque
 from contextvars import ContextVar
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from runner.tasks.classification import Classification
@@ -155,16 +148,6 @@ class Ages(Counted):
         return super().training_step(model, batch)
 
 
-class Native(Counted):
-    def __init__(self, mended):
-        super().__init__(mended)
-        self.cell = ctypes.c_int(0)
-
-    def elsewhere(self):
-        self.cell.value += 1  # culprit
-        return self.cell.value
-
-
 class SharedValue(Counted):
     def __init__(self, mended):
         super().__init__(mended)
@@ -173,16 +156,6 @@ class SharedValue(Counted):
     def elsewhere(self):
         self.total.value += 1  # culprit
         return self.total.value
-
-
-class Packs(Counted):
-    def __init__(self, mended):
-        super().__init__(mended)
-        self.numbers = array("d", [0.0])
-
-    def elsewhere(self):
-        self.numbers[0] += 1  # culprit
-        return self.numbers[0]
 
 
 class Binds(Counted):
@@ -204,24 +177,6 @@ class Yields(Counted):
         return next(self.rates)  # culprit
 
 
-class Numbers(Counted):
-    def __init__(self, mended):
-        super().__init__(mended)
-        self.ordinals = itertools.count()
-
-    def elsewhere(self):
-        return next(self.ordinals)  # culprit
-
-
-class Tapes(Counted):
-    def __init__(self, mended):
-        super().__init__(mended)
-        self.tape = io.BytesIO(bytes(range(100)))
-
-    def elsewhere(self):
-        return self.tape.read(1)[0]  # culprit
-
-
 class Databases(Counted):
     def __init__(self, mended):
         super().__init__(mended)
@@ -233,24 +188,6 @@ class Databases(Counted):
         return self.table.execute("select count(*) from rows").fetchone()[0]
 
 
-class Windows(Scaled):
-    """Clips by a window of what it saw."""
-
-    def __init__(self, mended):
-        super().__init__(mended)
-        self.window = deque(maxlen=4)
-
-    def amount(self, x):
-        self.window.append(float(x.mean()))  # culprit
-        return sum(self.window)
-
-    def state_dict(self):
-        return {"window": [*self.window]} if self.mended else {}
-
-    def load_state_dict(self, state):
-        self.window.extend(state.get("window", []))
-
-
 class Averages(Scaled):
     kept = ("mean",)
     mean = torch.zeros(())
@@ -258,162 +195,6 @@ class Averages(Scaled):
     def amount(self, x):
         self.mean = 0.9 * self.mean + x.detach().mean()  # culprit
         return self.mean
-
-
-class Banks(Scaled):
-    kept = ("bank", "row")
-
-    def __init__(self, mended):
-        super().__init__(mended)
-        self.bank, self.row = torch.zeros(512, 8), 0
-
-    def amount(self, x):
-        self.bank[self.row * 100] = x.detach().mean(0)  # culprit
-        self.row = (self.row + 1) % 5  # culprit
-        return self.bank.sum()
-
-
-class Histograms(Scaled):
-    def __init__(self, mended):
-        super().__init__(mended)
-        self.histogram = np.zeros(8)
-
-    def amount(self, x):
-        self.histogram += x.detach().numpy().mean(0)  # culprit
-        return float(self.histogram.sum())
-
-    def state_dict(self):
-        return {"histogram": self.histogram.tolist()} if self.mended else {}
-
-    def load_state_dict(self, state):
-        self.histogram = np.array(state.get("histogram", self.histogram))
-
-
-class Tables(Scaled):
-    """Has the loss of every sample in a table of thousands."""
-
-    def __init__(self, mended):
-        super().__init__(mended)
-        self.losses = dict.fromkeys(range(3000), 0.0)
-
-    def amount(self, x):
-        self.losses[int(x.sum().abs() * 10)] = 1.0  # culprit
-        return sum(self.losses.values())
-
-    def state_dict(self):
-        return {"losses": [*self.losses.values()]} if self.mended else {}
-
-    def load_state_dict(self, state):
-        self.losses = dict(enumerate(state.get("losses", self.losses.values())))
-
-
-class Links(Scaled):
-    """Has a list whose nodes hold each other."""
-
-    def __init__(self, mended):
-        super().__init__(mended)
-        self.head = None
-        for _ in range(20):
-            self.head = {"next": self.head, "value": 0.0}
-
-    def amount(self, x):
-        self.head = {"next": self.head, "value": float(x.mean())}  # culprit
-        return sum(self.values())
-
-    def values(self):
-        node = self.head
-        while node:
-            yield node["value"]
-            node = node["next"]
-
-    def state_dict(self):
-        return {"values": [*self.values()]} if self.mended else {}
-
-    def load_state_dict(self, state):
-        for value in reversed(state.get("values", [])):
-            self.head = {"next": self.head, "value": value}
-        for node in [self.head] if state else []:
-            for _ in state["values"][1:]:
-                node = node["next"]
-            node["next"] = None
-
-
-@dataclass(slots=True)
-class Meter:
-    total: float = 0.0
-    count: int = 0
-
-
-class Meters(Scaled):
-    """Has a meter with slots, of which one is read."""
-
-    def __init__(self, mended):
-        super().__init__(mended)
-        self.meter = Meter()
-
-    def amount(self, x):
-        self.meter.count += 1
-        self.meter.total += float(x.mean())  # culprit
-        return self.meter.total
-
-    def state_dict(self):
-        return {"total": self.meter.total} if self.mended else {}
-
-    def load_state_dict(self, state):
-        self.meter.total = state.get("total", 0.0)
-
-
-class Labels(Scaled):
-    def __init__(self, mended):
-        super().__init__(mended)
-        self.sums = set()
-
-    def amount(self, x):
-        self.sums.add(round(float(x.sum()), 2))  # culprit
-        return len(self.sums)
-
-    def state_dict(self):
-        return {"sums": sorted(self.sums)} if self.mended else {}
-
-    def load_state_dict(self, state):
-        self.sums = {*state.get("sums", [])}
-
-
-class Logs(Scaled):
-    kept = ("text",)
-    text = ""
-
-    def amount(self, x):
-        self.text += f"{float(x.mean()):.3f} "  # culprit
-        return len(self.text) / 10
-
-
-class First(Scaled):
-    """Centres by its first batch."""
-
-    kept = ("centre",)
-    centre = None
-
-    def amount(self, x):
-        if self.centre is None:
-            self.centre = float(x.mean())  # culprit
-        return float(x.mean()) - self.centre
-
-
-class Mixes(Scaled):
-    """Mixes a batch with the one before."""
-
-    kept = ("previous",)
-    previous = torch.zeros(())
-
-    def training_step(self, model, batch):
-        x, y = batch
-        mixed = 0.9 * x + 0.1 * self.previous.mean()
-        self.previous = x  # culprit
-        return super().training_step(model, (mixed, y))
-
-    def amount(self, x):
-        return 0
 
 
 class Rolls(Scaled):
@@ -434,22 +215,6 @@ class Rolls(Scaled):
         if state:
             version, numbers, gauss = state["dice"]
             self.dice.setstate((version, tuple(numbers), gauss))
-
-
-class Shakes(Scaled):
-    def __init__(self, mended):
-        super().__init__(mended)
-        self.noise = np.random.default_rng(7)
-
-    def amount(self, x):
-        return float(self.noise.random())  # culprit
-
-    def state_dict(self):
-        return {"noise": self.noise.bit_generator.state} if self.mended else {}
-
-    def load_state_dict(self, state):
-        if state:
-            self.noise.bit_generator.state = state["noise"]
 
 
 class Seeds(Scaled):
