@@ -95,6 +95,7 @@ def test_the_cause_of_a_silent_end_is_named(life: Lives, tmp_path: Path) -> None
     assert "1 done, 1 failed" in ended.output
 
 
+@pytest.mark.slow
 def test_one_dead_job_breaks_no_other_of_its_pool(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "sweep.max_retries=0", f"run.root={tmp_path}")
@@ -146,7 +147,7 @@ def at_work(root: Path) -> int | None:
     return next((one.claim["pid"] for one in last if one.alive() and one.beat.get("step")), None)
 
 
-@pytest.mark.parametrize("whom", ["sweep", "terminal"])
+@pytest.mark.parametrize("whom", ["sweep", pytest.param("terminal", marks=pytest.mark.slow)])
 def test_a_stop_signal_reaches_sweep_and_job_whoever_gets_it(
     whom: str, slow: "subprocess.Popen[bytes]", tmp_path: Path
 ) -> None:

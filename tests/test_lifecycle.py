@@ -213,6 +213,7 @@ def test_waiting_for_a_run_ends_when_it_is_free(life: Lives, tmp_path: Path) -> 
     assert "attempt  2" not in second.output
 
 
+@pytest.mark.slow
 def test_a_run_finished_before_its_claim_is_not_begun_again(tmp_path: Path) -> None:
     """Both found it unfinished; the slower one takes the result, and leaves no attempt."""
     code = """
@@ -305,18 +306,18 @@ def test_a_resume_on_another_topology_goes_on_and_says_so(life: Lives, tmp_path:
 
 
 def test_a_limit_in_seconds_holds_over_all_attempts(life: Lives, tmp_path: Path) -> None:
-    """A step takes a tenth of a second at least, so that 2 s are not enough for more than 20 and the one at the end."""
-    command = ("experiment=smoke", "trainer.max_steps=null", "trainer.max_seconds=2", "checkpoint.every_steps=1")
+    """A step takes a fifth of a second at least, so that 4 s are not enough for more than 20 and the one at the end."""
+    command = ("experiment=smoke", "trainer.max_steps=null", "trainer.max_seconds=4", "checkpoint.every_steps=1")
     command = (*command, "task._target_=mine.tasks.Slow", "trainer.evaluate_every_steps=100", f"run.root={tmp_path}")
-    (tmp_path / "pace").write_text("0.1")
+    (tmp_path / "pace").write_text("0.2")
     environment = {"PACE": f"{tmp_path}/pace"}
-    for step in (6, 11):
+    for step in (3, 6):
         assert life(*command, cwd=USER, environment=environment, step=step).status is None
     ended = life(*command, cwd=USER, environment=environment)
     assert (ended.status, "(max_seconds)" in ended.output) == (0, True), ended.output
     (path,) = tmp_path.glob("smoke/*/result.json")
     result = json.loads(path.read_text())
-    assert result["seconds"] >= 2
+    assert result["seconds"] >= 4
     assert result["step"] <= 21
 
 

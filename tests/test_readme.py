@@ -34,6 +34,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
+@pytest.mark.slow
 def test_the_two_files_of_a_user_run_and_resume_from_a_wheel(wheel: Path, tmp_path: Path) -> None:
     """Pasted as they stand, with the comments that name them."""
     named = ((re.search(r"^# (mine\.py|my_conf/\S+)$", text, re.MULTILINE), text) for _, text in BLOCKS)
@@ -56,6 +57,7 @@ def test_the_wheel_brings_its_configurations(wheel: Path, tmp_path: Path) -> Non
     assert list((tmp_path / "outputs/smoke").iterdir())
 
 
+@pytest.mark.slow
 def test_configurations_on_the_search_path_are_found(tmp_path: Path) -> None:
     experiment = tmp_path / "elsewhere/experiment/mine.yaml"
     experiment.parent.mkdir(parents=True)

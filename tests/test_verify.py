@@ -18,6 +18,7 @@ import fsspec
 import pytest
 import servers
 from judge import USER, Judge, node, variant
+from marks import slow
 from test_verify_corpus import broken
 from waiting import until
 
@@ -31,6 +32,7 @@ from runner.verify.options import Options, parse
 from runner.verify.page import page
 
 
+@pytest.mark.slow
 def test_metric_writers_of_the_user_are_not_opened(judge: Judge, scratch: Path) -> None:
     verdict = judge("+metrics.writers.mine={_target_: mine.writers.refused, token: x}", kills=1)
     assert verdict.holds, verdict.text()
@@ -288,6 +290,7 @@ def test_every_layout_of_several_processes_resumes(layout: str, judge: Judge, sc
     assert verdict.holds, verdict.text()
 
 
+@pytest.mark.slow
 def test_nothing_is_proven_by_a_run_that_somebody_else_killed(judge: Judge, scratch: Path) -> None:
     stops = "+task={_target_:mine.tasks.Stops,during:training,call:3,number:9}"
     verdict = judge("~task", stops)
@@ -346,7 +349,7 @@ def test_kills_for_which_no_time_is_left_are_left_out() -> None:
     assert [each.killed for each in run.attempts] == ["step"] * 4 + [None]
 
 
-@pytest.mark.parametrize("ended", ["killed", "undisturbed"])
+@pytest.mark.parametrize("ended", ["killed", slow("undisturbed")])
 def test_the_proof_ends_when_its_time_is_over(
     ended: str, judge: Judge, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -453,14 +456,10 @@ def test_lost_memory_is_noted_without_caches_and_private_names() -> None:
     assert {*lost_memory(run, undisturbed)} == {("task.seen", "", None)}
 
 
-def test_a_limit_by_the_clock_is_left_out(judge: Judge, scratch: Path) -> None:
+def test_a_limit_by_the_clock_is_left_out_and_the_page_is_whole(judge: Judge, scratch: Path) -> None:
     verdict = judge("trainer.max_seconds=0.001", steps=6, kills=1)
     assert "note     trainer.max_seconds was left out" in verdict.text()
     assert verdict.proven["steps"] == 6
-
-
-def test_the_page_is_whole_and_asks_nobody(judge: Judge, scratch: Path) -> None:
-    verdict = judge("trainer.max_seconds=0.001", steps=6, kills=1)
     shown = page(replace(verdict, command=["<script>"]))
     assert shown.count("<polyline") == 2
     assert "http" not in shown.replace("http-equiv", "")

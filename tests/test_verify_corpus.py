@@ -327,10 +327,12 @@ def marked(where: str) -> list[str]:
 # Each case takes about ten seconds: every third one is enough for each commit.
 CASES = COMMONLY_BROKEN | BROKEN
 CHOSEN = [*CASES] if os.environ.get("RUNNER_CORPUS") == "all" else [*COMMONLY_BROKEN, *[*BROKEN][::3]]
-ALWAYS = [*COMMONLY_BROKEN][:5] + [*BROKEN][:1]
+ALWAYS = {name: [] for name in [*COMMONLY_BROKEN][:2]} | dict.fromkeys(
+    [*COMMONLY_BROKEN][2:5] + [*BROKEN][:1], pytest.mark.slow
+)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in ALWAYS else pytest.mark.campaign) for n in CHOSEN])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=ALWAYS.get(n, pytest.mark.campaign)) for n in CHOSEN])
 def test_a_broken_experiment_is_named(name: str, judge: Judge) -> None:
     overrides, kind, *words = CASES[name]
     verdict = judged(judge, name, broken(name))
