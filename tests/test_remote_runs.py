@@ -11,6 +11,7 @@ import fsspec
 import pytest
 import servers
 from lives import Ended, Lives
+from marks import slow
 from results import results
 
 import runner
@@ -54,7 +55,7 @@ class Store:
         return target
 
 
-@pytest.fixture(scope="module", params=["s3", "azure", "sftp"])
+@pytest.fixture(scope="module", params=["s3", slow("azure"), slow("sftp")])
 def store(request: pytest.FixtureRequest, life: Lives, tmp_path_factory: pytest.TempPathFactory) -> Store:
     return Store(request.getfixturevalue(request.param), life, tmp_path_factory.mktemp("store"))
 

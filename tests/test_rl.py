@@ -10,7 +10,7 @@ import pytest
 import torch
 from crews import Crews
 from lives import Lives
-from marks import quick_first
+from marks import quick_first, slow
 from mine.rewards import now_and_then, spread
 from results import results
 from safetensors.torch import load_file
@@ -73,7 +73,7 @@ def prompts(count: int) -> list[tuple[int, str, str]]:
     return [(position, *data[position].values()) for position in range(count)]
 
 
-@pytest.mark.parametrize("together", [1, 4])
+@pytest.mark.parametrize("together", [slow(1), 4])
 def test_a_rollout_does_not_depend_on_the_split(together: int) -> None:
     """The same bits in one micro-batch, in several, in another order."""
     drawing, network, every = task(together=together), model(), prompts(12)

@@ -204,6 +204,7 @@ def test_mlflow_takes_any_name_of_a_metric(tmp_path: Path) -> None:
     assert data.params == {"optimizer.groups.blocks._.lr": "0.1"}
 
 
+@pytest.mark.slow
 def test_a_server_of_mlflow_has_each_point_once(life: Lives, tmp_path: Path) -> None:
     """With the whole package, which is not in the development environment: its server on the loopback interface."""
     pytest.importorskip("flask")
@@ -236,7 +237,7 @@ def answers(url: str) -> bool:
     return False
 
 
-@pytest.mark.parametrize("name", [slow("wandb"), "trackio"])
+@pytest.mark.parametrize("name", [slow("wandb"), slow("trackio")])
 def test_other_trackers_have_each_point_once(name: str, life: Lives, tmp_path: Path) -> None:
     """With the real packages, which are not among those of the development environment: on this machine, offline."""
     pytest.importorskip(name)

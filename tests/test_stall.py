@@ -115,6 +115,7 @@ def test_work_that_may_take_long_is_no_stall(life: Lives, tmp_path: Path) -> Non
     assert ended.seconds > 4 + 4 + 4 + 5, "each is longer than the timeout"
 
 
+@pytest.mark.slow
 def test_compiling_is_no_stall(life: Lives, tmp_path: Path) -> None:
     """Also if the task compiles."""
     more = (*SLOW, "+task.compiling=7", "trainer.max_steps=3", "runtime.timeout=5")
@@ -123,6 +124,7 @@ def test_compiling_is_no_stall(life: Lives, tmp_path: Path) -> None:
     assert ended.seconds > 7
 
 
+@pytest.mark.slow
 def test_a_run_with_workers_ends_and_leaves_no_process(tmp_path: Path) -> None:
     """The process that watches from outside ends with the run, though workers hold its input open."""
     more = (
@@ -154,6 +156,7 @@ def below(pid: int) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_a_step_longer_than_the_timeout_needs_a_longer_one(life: Lives, tmp_path: Path) -> None:
     more = (*SLOW, "+task.step=5", "trainer.max_steps=1", "trainer.evaluate_every_steps=1")
     ended = run(life, tmp_path, *more, "runtime.timeout=3")

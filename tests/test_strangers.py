@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from lives import Lives
+from marks import quick_first, slow
 from test_hostile import mutate
 
 ESCAPE = "\x1b]0;title\x07\x9b31m\u202e"
@@ -227,17 +228,20 @@ def nest(folder: Path, depth: int) -> None:
     os.close(here)
 
 
+@pytest.mark.slow
 def test_no_run_of_a_stranger_ends_a_command(looked: list[tuple[str, dict[str, Any]]]) -> None:
     bad = [(name, one["command"], one["status"]) for name, one in looked if one["status"] not in (0, 1, 2, 4, 5)]
     assert not bad, f"{len(bad)}: {bad[:3]}"
 
 
+@pytest.mark.slow
 def test_no_run_of_a_stranger_reaches_the_terminal(looked: list[tuple[str, dict[str, Any]]]) -> None:
     control = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]")
     assert not [(name, one["command"]) for name, one in looked if control.search(one["out"])]
     assert not [(name, one["command"]) for name, one in looked if len(one["out"]) > 100_000 and name != "the root"]
 
 
+@pytest.mark.slow
 def test_no_run_of_a_stranger_hides_another(looked: list[tuple[str, dict[str, Any]]]) -> None:
     of_root = [one for name, one in looked if name == "the root"]
     assert {one["command"][0] for one in of_root} == {"list", "compare"}
@@ -284,7 +288,7 @@ def untouched(place: Path) -> bool:
     return (place / "victim").read_text() == "mine" and sorted(os.listdir(place)) == ["outside", "runs", "victim"]
 
 
-@pytest.mark.parametrize("kind", LINKS)
+@pytest.mark.parametrize("kind", quick_first(LINKS, "log", "hydra", "hydra's file that waits"))
 def test_links_that_hydra_would_write_through_are_refused(kind: str, place: Path, life: Lives) -> None:
     name, make = LINKS[kind]
     path = place / "runs/smoke/r" / name
@@ -344,16 +348,16 @@ def test_a_result_without_all_its_values_is_reported(runs: Path, tmp_path: Path,
     ("pattern", "kind"),
     [
         ("run.json", "fifo"),
-        ("config.yaml", "device"),
-        ("attempts/*.lock", "fifo"),
-        ("attempts/*.beat", "socket"),
+        slow("config.yaml", "device"),
+        slow("attempts/*.lock", "fifo"),
+        slow("attempts/*.beat", "socket"),
         ("attempts", "link"),
-        ("commits", "fifo"),
+        slow("commits", "fifo"),
         ("data/*", "fifo"),
-        ("metrics", "link"),
+        slow("metrics", "link"),
         ("metrics/*", "sparse"),
-        ("ledger/*", "fifo"),
-        ("tensorboard", "link"),
+        slow("ledger/*", "fifo"),
+        slow("tensorboard", "link"),
     ],
 )
 def test_a_run_of_a_stranger_is_gone_on_with_or_refused(pattern: str, kind: str, place: Path, life: Lives) -> None:

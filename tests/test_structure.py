@@ -25,8 +25,8 @@ HEAD = ("optimizer._target_=mine.growing.some", "+optimizer.names=[layers.4]")
     "settings",
     [
         (*CHANGES, "+task.what=add", *HEAD, "model._target_=mine.growing.Remembers", "trainer.ema_decay=null"),
-        (*CHANGES, "+task.what=add_own", *HEAD),
-        (*CHANGES, "+task.what=add_own"),
+        slow((*CHANGES, "+task.what=add_own", *HEAD)),
+        slow((*CHANGES, "+task.what=add_own")),
     ],
     ids=["group and buffers", "group of the task", "group without names beside named ones"],
 )

@@ -118,8 +118,8 @@ def test_code_that_exits_ends_no_sweep_and_is_no_success(life: Lives, tmp_path: 
     ("overrides", "differing"),
     [
         (("seed=1,2", "run.name=same"), "seed"),
-        (("seed=1,2", "run.name=same", "run.on_drift=accept"), "seed"),
-        (("seed=1,2", "run.name=same", "run.on_drift=fork"), "seed"),
+        slow(("seed=1,2", "run.name=same", "run.on_drift=accept"), "seed"),
+        slow(("seed=1,2", "run.name=same", "run.on_drift=fork"), "seed"),
         (("+callbacks={a:{x:1}},{}", "run.name=same"), "callbacks"),
     ],
 )

@@ -394,8 +394,15 @@ def test_a_second_signal_ends_the_process_whatever_it_does(numbers: str, stuck: 
     process.stdout.close()
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("where", ["train", "validation", "iterable"])
+@pytest.mark.parametrize(
+    ("where", "workers"),
+    [
+        ("train", 1),
+        ("validation", 0),
+        ("iterable", 1),
+        *(slow(*case) for case in (("train", 0), ("validation", 1), ("iterable", 0))),
+    ],
+)
 def test_a_signal_is_obeyed_while_data_is_waited_for(where: str, workers: int, life: Lives, tmp_path: Path) -> None:
     """The state of the last step is committed, and the resumed run ends as if nothing had happened."""
     once = tmp_path / "once"
