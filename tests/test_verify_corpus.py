@@ -280,25 +280,12 @@ def late(name: str) -> tuple[str, ...]:
     return "~task", f"+task={{_target_:{RARE}.{name},mended:false}}"
 
 
-def reads(source: str) -> tuple[str, ...]:
-    return "~task", f"+task={{_target_:{RARE}.Reads,source:{source}}}"
-
-
 # What passes with a note: the overrides, and words of the note.
 NOTED: dict[str, tuple[tuple[str, ...], str]] = {
     "a count of data workers": ((f"data.train._target_={RARE}.Grows",), "within these steps: data.train.read was "),
     "an attribute of a torch class": (late("LabelledLate"), "Linear.calls was "),
     "a count in a file": (late("StoresLate"), "what depends on the state in the file "),
-    "the processor": (reads("processor"), "what depends on the time and memory of the process "),
-    "times": (reads("times"), "what depends on the time and memory of the process "),
-    "the age of a file": (reads("age"), "what depends on the times of a file "),
-    "a listing": (reads("listing"), "what depends on the order of the folder "),
-    "uuid1": (reads("uuid1"), "what depends on uuid1"),
-    "the host": (reads("host"), "what depends on the host name "),
-    "the job": (reads("job"), "what depends on the environment variable SLURM_JOB_ID "),
-    "the pid": (reads("pid"), "what depends on the pid "),
-    "a file of the kernel": (reads("kernel"), "what depends on the file /proc/uptime "),
-    "free space": (reads("space"), "what depends on the free space of a disk "),
+    "a listing": (late("Reads"), "what depends on the order of the folder "),
     "seconds as a metric": (good("task", "Seconds"), "not compared: the metric rows_per_second, which depends on the"),
     "memory as a metric": (
         (*good("task", "Occupies"), "verify.ignore=[memory]"),

@@ -5,10 +5,7 @@ as ``runner.verify`` advises. ``late`` forms have no effect within a proof, whic
 
 import gc
 import os
-import resource
 import sys
-import tempfile
-import uuid
 import weakref
 from pathlib import Path
 
@@ -229,26 +226,8 @@ class Grows(Rows):
 
 
 # What another start may read otherwise, and no step of a proof tells apart.
-INPUTS = {
-    "processor": lambda: resource.getrusage(resource.RUSAGE_SELF).ru_utime > 1e6,
-    "times": lambda: os.times().user > 1e6,
-    "age": lambda: os.path.getmtime(__file__) < 0,
-    "listing": lambda: os.listdir(Path(__file__).parent).index(Path(__file__).name) < 0,
-    "uuid1": lambda: uuid.uuid1().int == 0,
-    "host": lambda: os.uname().nodename == "",
-    "job": lambda: os.environ.get("SLURM_JOB_ID") == "",
-    "pid": lambda: os.getpid() < 0,
-    "kernel": lambda: float(Path("/proc/uptime").read_text().split()[0]) < 0,
-    "space": lambda: os.statvfs(tempfile.gettempdir()).f_bavail < 0,
-}
-
-
 class Reads(Scaled):
-    """Reads an input."""
-
-    def __init__(self, source):
-        super().__init__(mended=True)
-        self.source = source
+    """Reads a folder in the order in which the system lists it."""
 
     def amount(self, x):
-        return INPUTS[self.source]()
+        return os.listdir(Path(__file__).parent).index(Path(__file__).name) < 0
