@@ -146,8 +146,6 @@ BROKEN: dict[str, Case] = {
     "a timer since the start": (process("Runs"), "time", "the time is used"),
     "the precision of products": (process("Hurries"), "process", "torch.get_float32_matmul_precision()"),
     "the working directory": (process("Walks"), "process", "os.getcwd()"),
-    "the depth of recursion": (process("Recurses"), "process", "sys.getrecursionlimit()"),
-    "digits of decimals": (process("Decimals"), "process", "decimal"),
     "a frozen bias": (process("Freezes"), "freezing", "requires_grad=False"),
     "a layer in eval mode": (process("Rests"), "freezing", "eval mode"),
     "more dropout": (process("Drops"), "model memory", "model.layers.3.p was 0.5"),

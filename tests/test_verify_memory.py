@@ -2,6 +2,7 @@
 
 import copy
 import ctypes
+import decimal
 import enum
 import io
 import itertools
@@ -338,6 +339,21 @@ def test_marks_and_settings_are_put_into_a_process(tmp_path: Path, monkeypatch: 
         torch.set_default_dtype(torch.float32)
     assert suspects.settings()[f"{memory.PROCESS}os.environ['LOUD']"]
     assert memory.memory({"model": other}) == memory.memory({"model": model})
+
+
+def test_every_setting_can_be_put_into_a_process(tmp_path: Path) -> None:
+    before = suspects.settings()
+    suspects.take(before, {}, None, tmp_path / "taken")
+    precision, limit = decimal.getcontext().prec, sys.getrecursionlimit()
+    decimal.getcontext().prec = 3
+    sys.setrecursionlimit(limit + 1000)
+    try:
+        assert suspects.settings() != before
+        assert suspects.put(before, {}, None, tmp_path / "taken") == [*before]
+        assert suspects.settings() == before
+    finally:
+        decimal.getcontext().prec = precision
+        sys.setrecursionlimit(limit)
 
 
 def test_what_libraries_keep_for_themselves_is_known() -> None:

@@ -2,11 +2,9 @@
 ``runner.verify`` advises. The comment ``culprit`` marks the line that it has to name.
 """
 
-import decimal
 import os
 import secrets
 import subprocess
-import sys
 import time
 import uuid
 
@@ -96,22 +94,6 @@ class Walks(Later):
 
     def amount(self, x):
         return len(os.getcwd()) == 1
-
-
-class Recurses(Later):
-    def change(self, model):
-        sys.setrecursionlimit(2000)  # culprit
-
-    def amount(self, x):
-        return sys.getrecursionlimit() / 1000
-
-
-class Decimals(Later):
-    def change(self, model):
-        decimal.getcontext().prec = 3  # culprit
-
-    def amount(self, x):
-        return float(decimal.Decimal(1) / 3)
 
 
 class Freezes(Later):
