@@ -168,8 +168,9 @@ def test_pinned_draws_do_not_depend_on_other_observers(pin: str, read: str) -> N
 
 def test_shifted_clocks_are_those_of_the_users_code() -> None:
     code = f"""if True:
-        import datetime, pickle, time
+        import datetime, pickle, sys, time
         from datetime import date, datetime as early
+        from types import ModuleType
         import numpy, pandas
         from runner.verify import controls
         read = '''if True:
@@ -191,6 +192,8 @@ def test_shifted_clocks_are_those_of_the_users_code() -> None:
         shifted = time.time
         assert now is not shifted and time.gmtime(0).tm_year == 1970 and time.strftime("%Y", time.gmtime(0)) == "1970"
         names = {{"now": now, "early": early, "today": lambda: date.fromtimestamp(now())}}
+        sys.modules["mine"], sys.modules["signs"] = ModuleType("mine"), ModuleType("signs")
+        sys.modules["mine"].__file__, sys.modules["signs"].__file__ = "/user.py", "/lib/site-packages/signs.py"
         exec(compile(read, "user.py", "exec"), names | {{"__name__": "mine"}})
         exec(compile(read, "/lib/site-packages/signs.py", "exec"), names | {{"__name__": "signs"}})
         exec(compile(read, "user.py", "exec"), names | {{"__name__": "runner.run"}})
@@ -241,9 +244,12 @@ def test_a_shifted_clock_goes_on_and_reaches_spawned_processes(tmp_path: Path) -
 
 def test_a_late_attempt_has_the_clock_of_others() -> None:
     code = """if True:
-        import time
+        import sys, time
+        from types import ModuleType
         from runner.verify import controls
         now, monotonic = time.time, time.monotonic
+        sys.modules["mine"] = ModuleType("mine")
+        sys.modules["mine"].__file__ = "/user.py"
         controls.pin(late=1000)
         controls.advance(10**6)
         names = {"__name__": "mine", "time": time, "now": now, "monotonic": monotonic}

@@ -27,12 +27,12 @@ from typing import Any
 import numpy as np
 
 from runner.verify import source
+from runner.verify.memory import is_users
 
 _STEP_SECONDS = 211  # a step seems to take so long to clocks that are ahead
 _PID = 4242
 _NOW = 1_700_000_000  # the pinned time, from which each module that asks counts milliseconds
 _MOST_CALLERS = 3  # lines for a verdict
-_LIBRARIES = ("site-packages", "dist-packages")
 # Functions that show the present time unless their argument at this position is another.
 _TIME_ARGUMENT = {"localtime": 0, "gmtime": 0, "ctime": 0, "asctime": 0, "strftime": 1}
 _true_time, _true_localtime, _datetime64 = time.time, time.localtime, np.datetime64
@@ -222,10 +222,7 @@ def _is_python(frame: FrameType) -> bool:
 
 
 def _is_users(frame: FrameType | None) -> bool:
-    name = _name(frame)
-    return frame is not None and not (
-        name.startswith("runner.") or _is_python(frame) or any(each in name for each in _LIBRARIES)
-    )
+    return frame is not None and is_users(frame.f_globals.get("__name__"))
 
 
 def _note_caller(frame: FrameType | None) -> None:
