@@ -173,12 +173,12 @@ class AdaptiveLoader:
     def __next__(self) -> FetchedBatch:
         began = time.perf_counter()
         try:
-            batch = self._next()
+            batch: FetchedBatch = next(self._loader)
         except DataError as error:
             if not self.workers:
                 raise
             self._stay(error)
-            batch = self._next()
+            batch = next(self._loader)
         self._items.delivered()
         self._waited += time.perf_counter() - began
         if batch.time is not None:  # None for a batch that could not be read
@@ -252,13 +252,6 @@ class AdaptiveLoader:
                     "runtime.num_workers=0, with which this process reads the object itself"
                 )
 
-    def _next(self) -> FetchedBatch:
-        if self._items.asking:
-            self._check(next(self._loader))
-            self._items.asking = False
-        batch: FetchedBatch = next(self._loader)
-        return batch
-
     def _open(self, workers: int, timeout: float = 0.0) -> None:
         self.workers = workers
         fetcher = self._fetcher if workers else self._local_fetcher
@@ -269,6 +262,8 @@ class AdaptiveLoader:
     def _begin(self) -> None:
         try:
             iter(self._loader)
+            if self._items.asking:
+                self._check(next(self._loader))
         except DataError as error:
             if not self.workers:
                 raise

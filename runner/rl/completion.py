@@ -67,35 +67,33 @@ class Completion(Task):
 
     def evaluation_step(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         results, device = [], _device(model)
-        for rows, completions in self._complete(model, batch["prompt"]):
-            for row, text, length in zip(rows, self.texts(completions), completions.lengths.tolist(), strict=True):
-                results.append([*self.reward(batch["prompt"][row], text, batch["answer"][row]), length])
+        for row, text, length in self._complete(model, batch["prompt"]):
+            results.append([*self.reward(batch["prompt"][row], text, batch["answer"][row]), length])
         means = torch.tensor(results, dtype=torch.float64, device=device).mean(0)
         loss = Completion.training_step(self, model, batch)["loss"]
         return {"loss": loss, **dict(zip(("reward", "pass_at_1", "length"), means, strict=True))}
 
     def evaluation_end(self, model: nn.Module, metrics: dict[str, float]) -> Mapping[str, float | str]:
-        texts = {
-            row: t for rows, c in self._complete(model, self.show) for row, t in zip(rows, self.texts(c), strict=True)
-        }
-        return {
-            **metrics,
-            **({"samples": "\n".join(f"{p}{texts[n]!r}" for n, p in enumerate(self.show))} if texts else {}),
-        }
+        texts = {row: text for row, text, _ in self._complete(model, self.show)}
+        samples = "\n".join(f"{prompt}{texts[row]!r}" for row, prompt in enumerate(self.show))
+        return {**metrics, "samples": samples} if samples else metrics
 
     def texts(self, completions: Completions) -> list[str]:
         """The texts of completions, stop tokens included."""
         pairs = zip(completions.tokens.tolist(), completions.lengths.tolist(), strict=True)
         return [self.tokenizer.decode(tokens[:length]) for tokens, length in pairs]
 
-    def _complete(self, model: nn.Module, prompts: Sequence[str]) -> Iterator[tuple[list[int], Completions]]:
-        """For each length of prompts: the numbers of these prompts, and their greedy completions."""
+    def _complete(self, model: nn.Module, prompts: Sequence[str]) -> Iterator[tuple[int, str, int]]:
+        """The greedy completion of each prompt: the prompt's number, the text, and its length in tokens. Prompts of one
+        length are completed together.
+        """
         encoded = [self.tokenizer.encode(prompt) for prompt in prompts]
         for length in sorted({*map(len, encoded)}):
             rows = [row for row, tokens in enumerate(encoded) if len(tokens) == length]
             text = torch.tensor([encoded[row] for row in rows], device=_device(model))
             with evaluation_mode(model):
-                yield rows, generate(model, text, [0] * len(rows), self.greedy)
+                completions = generate(model, text, [0] * len(rows), self.greedy)
+            yield from zip(rows, self.texts(completions), completions.lengths.tolist(), strict=True)
 
 
 def padded(rows: Sequence[Tensor], starts: Sequence[int]) -> tuple[Tensor, Tensor]:
