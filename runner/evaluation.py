@@ -72,6 +72,7 @@ class Evaluator:
     def __post_init__(self) -> None:
         self._changed: set[str] = set()  # names of weights, buffers and metrics whose change was warned of
 
+    @doing("ends evaluation")
     def evaluate_validation(self, model: nn.Module, trained: nn.Module, step: int) -> dict[str, float | str]:
         """The report on all validation sets after a step. ``trained`` is the model in training, of which ``model`` may
         be the average. Warns, once for each, of its weights and buffers that the evaluation changed, and of metrics of
@@ -91,6 +92,7 @@ class Evaluator:
         self._warn(_NOT_RESET, {name for name, count in _updates(self.task).items() if count > updates.get(name, 0)})
         return report
 
+    @doing("ends evaluation")
     def evaluate_test(self, model: nn.Module) -> dict[str, float | str]:
         """The report on all test sets; every step is committed. Raises Interrupted and EvaluationFailed."""
         try:
@@ -104,6 +106,7 @@ class Evaluator:
         finally:
             self.team.disarm_timeout()
 
+    @doing("ends evaluation")
     def rehearse(self, models: Sequence[nn.Module]) -> None:
         """Evaluate ``check_batches`` of each set by the first of the ``models``, so that a mistake shows before
         training. Leaves no trace in any of them.
@@ -139,7 +142,6 @@ class Evaluator:
         for data in (*self.validation.values(), *self.test.values()):
             data.close()
 
-    @doing("ends evaluation")
     def _evaluate(
         self,
         model: nn.Module,
