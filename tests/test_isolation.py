@@ -69,6 +69,7 @@ def test_a_job_that_is_killed_ends_no_sweep_and_is_last(life: Lives, tmp_path: P
     assert outcomes(tmp_path)["9"] == ["killed"] * 3
 
 
+@pytest.mark.slow
 def test_a_job_that_takes_the_sweep_with_it_blocks_no_other(life: Lives, tmp_path: Path) -> None:
     """As where all processes of a container are killed, the deaths are counted over all commands."""
     command = (*COMMAND, *stops("9,0"), f"run.root={tmp_path}", "sweep.max_retries=1", SHARED)

@@ -222,7 +222,7 @@ def test_a_run_cut_at_any_step_goes_on_exactly(kind: Any, randomness: str) -> No
         assert [step(again) for _ in whole[done:]] == whole[done:]
 
 
-@pytest.mark.parametrize("workers", [0, slow(1), 2])
+@pytest.mark.parametrize("workers", [0, slow(1), slow(2)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_cut_after_every_step_goes_on_exactly(kind: Any, workers: int) -> None:
     """A resume of a resume of a resume; one that did nothing before it was killed lies in between."""

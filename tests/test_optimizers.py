@@ -215,7 +215,7 @@ def test_groups_have_their_own_settings() -> None:
     assert table(torch.optim.SGD(model.parameters(), lr=1.0)) == ""
 
 
-@pytest.mark.parametrize("kind", quick_first(KINDS, "everything", "two schedules"))
+@pytest.mark.parametrize("kind", quick_first(KINDS, "everything"))
 def test_killed_optimizers_are_the_undisturbed_ones(kind: str, life: Lives, tmp_path: Path) -> None:
     command = (*COMMAND, *KINDS[kind], f"run.root={tmp_path}")
     ended = life(*command, "run.name=whole")

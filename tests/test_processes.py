@@ -13,7 +13,7 @@ import pytest
 import torch
 from crews import Crews, Ended
 from lives import Lives
-from marks import slow
+from marks import quick_first, slow
 from results import Results, metric_lines, results
 from safetensors.torch import load_file
 from waiting import until
@@ -396,7 +396,7 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("name", MISTAKES)
+@pytest.mark.parametrize("name", quick_first(MISTAKES, "uneven", "iterable", "sweep"))
 def test_a_mistake_is_reported_once(name: str, crew: Crews, tmp_path: Path) -> None:
     overrides, message = MISTAKES[name]
     ended = crew(2, *overrides, *SMOKE, f"run.root={tmp_path}", cwd=USER)

@@ -182,7 +182,7 @@ def test_all_parts_together_survive_kills(life: Lives, tmp_path: Path, uninterru
     assert not results(run(life, tmp_path, EVERYTHING, "run.name=r")).differences(expected)
 
 
-@pytest.mark.parametrize("part", quick_first(PARTS, "optimizer", "data", "generators", "callback.early_stopping"))
+@pytest.mark.parametrize("part", quick_first(PARTS, "optimizer", "data"))
 def test_every_part_is_necessary(part: str, life: Lives, tmp_path: Path, uninterrupted: Uninterrupted) -> None:
     """The mutant that forgets one part, in saving and in loading, gives another result (or cannot even finish)."""
     more = (f"run.root={tmp_path}", "run.name=mutant")

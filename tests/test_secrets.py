@@ -199,7 +199,7 @@ def test_a_secret_reaches_the_objects_and_nothing_else(nest: Nest, capsys: pytes
     assert "https://${oc.env:CANARY}:x@host/x?sig=${oc.env:SIGNATURE,none}" in config
 
 
-@pytest.mark.parametrize("where", ["constructor", "sample"])
+@pytest.mark.parametrize("where", ["constructor", slow("sample")])
 def test_a_failure_that_repeats_a_secret_does_not_show_it(where: str, nest: Nest) -> None:
     broken = (GIVEN, f"data.train.broken={where}", "sweep.max_retries=0")
     for arguments in (broken, (*broken, "runtime.num_workers=1"), ("-m", *broken, "seed=1,2")):
@@ -250,7 +250,7 @@ WRITTEN = {
 }
 
 
-@pytest.mark.parametrize("sweep", [False, True])
+@pytest.mark.parametrize("sweep", [False, slow(True)])
 @pytest.mark.parametrize("name", WRITTEN)
 def test_a_secret_written_out_is_refused_before_a_file_is_made(name: str, sweep: bool, nest: Nest) -> None:
     overrides = tuple(argument.format(canary=CANARY) for argument in WRITTEN[name])

@@ -14,6 +14,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+from marks import slow
 from torch.utils.data import DataLoader
 
 from runner.errors import ConfigError, DataError
@@ -330,7 +331,7 @@ def first(batch: list[Any]) -> Any:
     return batch[0]
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", ["fork", slow("spawn")])
 def test_workers_read_the_same_records_as_this_process(tmp_path: Path, start: str, block: int) -> None:
     records = Records(path=lines(tmp_path / "x", **JSONL))
     assert records[0] == JSON_VALUES[0]
