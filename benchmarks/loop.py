@@ -1,7 +1,7 @@
 """The price of a step: the runner's loop against a bare PyTorch loop.
 
 Both sides have the same model, data set, optimizer, scheduler and clipping (those of the experiment), the same full
-batches, the same scalars for TensorBoard every 10 steps, and one thread.
+batches, the same scalars for TensorBoard every 10 steps, one thread, and no data workers.
 
     bare      torch's DataLoader(shuffle=True), a for loop, SummaryWriter, torch.save; nothing can be resumed, nothing
               is checked
@@ -163,6 +163,7 @@ def child(name: str, side: str, folder: str, *, clock: Callable[[], float]) -> N
         f"run.root={folder}",
         "runtime.device=cpu",
         "runtime.num_threads=1",
+        "runtime.num_workers=0",  # as the bare loop; ``benchmarks.workers`` measures ``auto``
         "runtime.audit=false",  # it would refuse randomness=off for data that draws
         f"trainer.max_steps={NEVER}",
         f"trainer.evaluate_every_steps={NEVER}",

@@ -61,9 +61,14 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 
-def weights_of(optimizers: Iterable[Any]) -> Iterator[Tensor]:
+def first_of(thing: Any) -> Any:
+    """A single optimizer or scheduler, or the first of several."""
+    return next(iter(thing.values())) if isinstance(thing, Named) else thing
+
+
+def weights_of(optimizers: Iterable[Any]) -> list[Tensor]:
     """All weights that the optimizers have."""
-    return (weight for each in optimizers for group in getattr(each, "param_groups", ()) for weight in group["params"])
+    return [weight for each in optimizers for group in getattr(each, "param_groups", ()) for weight in group["params"]]
 
 
 def parts_of(kind: str, thing: Any) -> dict[str, Any]:

@@ -119,35 +119,49 @@ def raise_if_received(where: str) -> None:
         raise Interrupted(f"{name} {where}; run the same command again to continue")
 
 
-@contextmanager
-def stop_reads(*, at_once: bool = True) -> Iterator[None]:
+class stop_reads:  # noqa: N801
     """Within the block, a stop signal ends reads of data ``at_once``, because no step is half done. Otherwise, and
     outside, it ends them only at the deadline, so that a step can be finished.
+
+    A class, as is ``reading``: each step has some of these blocks, and a generator takes twice as long.
     """
-    global _reads_end_at_once
-    before, _reads_end_at_once = _reads_end_at_once, at_once
-    try:
-        yield
-    finally:
-        _reads_end_at_once = before
+
+    def __init__(self, *, at_once: bool = True) -> None:
+        self._at_once = at_once
+
+    def __enter__(self) -> None:
+        global _reads_end_at_once
+        self._before, _reads_end_at_once = _reads_end_at_once, self._at_once
+
+    def __exit__(self, *error: object) -> None:
+        global _reads_end_at_once
+        _reads_end_at_once = self._before
 
 
-@contextmanager
-def reading(check: Callable[[], None] = lambda: None) -> Iterator[None]:
+class reading:  # noqa: N801
     """Within the block, data is read or waited for, and a stop signal raises Stopped. ``check`` is called after a
     signal or ``wake``, and may raise other reasons to end the wait.
     """
-    global _wait_check
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = _wait_check
-    try:
-        _wait_check = check
-        _raise_if_stopped()
-        yield
-    finally:
-        _wait_check = before
+
+    def __init__(self, check: Callable[[], None] = lambda: None) -> None:
+        self._check = check
+
+    def __enter__(self) -> None:
+        global _wait_check
+        self._in_main_thread = threading.current_thread() is threading.main_thread()
+        if not self._in_main_thread:
+            return
+        self._before, _wait_check = _wait_check, self._check
+        try:
+            _raise_if_stopped()
+        except BaseException:
+            _wait_check = self._before
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        global _wait_check
+        if self._in_main_thread:
+            _wait_check = self._before
 
 
 def wake() -> None:

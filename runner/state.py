@@ -15,7 +15,7 @@ from runner.data.stream import TrainingStream
 from runner.distributed.communicator import PerRank, on_all_ranks
 from runner.errors import RunnerError, StateError
 from runner.hashing import derive
-from runner.optimizers import by_name, parts_of, saved_name
+from runner.optimizers import Named, by_name, parts_of, saved_name
 from runner.rng import Generators, seed_all
 
 _CALLBACK_PREFIX = "callback."
@@ -95,6 +95,8 @@ class TrainState:
 
     def schedulers(self, interval: str) -> list[Any]:
         """The schedulers that step after each ``step``, ``epoch`` or ``evaluation``."""
+        if not isinstance(self.scheduler, Named):
+            return [self.scheduler] if self.scheduler_interval == interval else []
         intervals = by_name(self.scheduler_interval)
         return [each for name, each in by_name(self.scheduler).items() if intervals[name] == interval]
 

@@ -9,7 +9,7 @@ from runner import signals
 from runner.callbacks.base import Callback, Loop, TrainingSetup, methods_for
 from runner.data.stream import StepSamples, TrainingStream
 from runner.distributed.communicator import Parallelism, StepReport, Team
-from runner.optimizers import by_name
+from runner.optimizers import first_of
 from runner.state import TrainState
 from runner.task import Metrics, Task, check_metrics
 from runner.update import WeightUpdate, is_measured
@@ -80,7 +80,7 @@ class Trainer:
     def _step(self, loop: Loop, began: float) -> None:
         state, stream = loop.state, loop.state.stream
         loop.evaluation, loop.objective, loop.improved, loop.save = None, None, False, False
-        loop.position, loop.epochs_before = stream.consumed, stream.epochs
+        loop.position, loop.epochs_before = loop.consumed, loop.epochs
         loop.rate = self._rate(state)
         for call in self._on_step_start:
             call(loop)
@@ -147,7 +147,7 @@ class Trainer:
 
     def _rate(self, state: TrainState) -> float:
         """The learning rate of the coming step: of the (first) scheduler, or of the optimizer's first group."""
-        scheduler, optimizer = (next(iter(by_name(each).values())) for each in (state.scheduler, self.update.optimizer))
+        scheduler, optimizer = first_of(state.scheduler), first_of(self.update.optimizer)
         last = getattr(scheduler, "get_last_lr", None)
         return float(last()[0] if last else optimizer.param_groups[0]["lr"])  # it may be a tensor
 

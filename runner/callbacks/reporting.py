@@ -108,7 +108,7 @@ class Report(Callback):
     team: Team
 
     def __post_init__(self) -> None:
-        self._unread: list[Mapping[str, Tensor]] = []
+        self._unread: list[Mapping[str, Tensor | float]] = []
         self._window: dict[str, list[float]] = {}
         self._rate = 0.0  # the learning rate of the last step
         self._clock = (0, 0, 0.0, 0.0)  # step, samples, seconds and seconds of waiting at the last report
@@ -122,10 +122,12 @@ class Report(Callback):
         self._report(loop)  # a step whose evaluation was interrupted is reported only now
 
     def on_step(self, loop: Loop) -> None:
-        if not all(isinstance(value, Tensor) for value in loop.metrics.values()):  # a callback has added others
-            loop.metrics = check_metrics(loop.metrics, _STEP)
+        for value in loop.metrics.values():
+            if type(value) is not Tensor or value.dim():  # a callback has added it
+                loop.metrics = check_metrics(loop.metrics, _STEP)
+                break
         # Copies, because a metric may be a weight or a running mean that the next step changes in place.
-        self._unread.append({name: value.clone() for name, value in loop.metrics.items()})
+        self._unread.append({name: v.item() if v.is_cpu else v.clone() for name, v in loop.metrics.items()})
         self._rate = loop.rate
         self._report(loop)
 
@@ -194,13 +196,10 @@ class Report(Callback):
     def _read(self) -> None:
         """Copy the metrics of all unread steps from their device, with one transfer for each name."""
         for name in {name: None for metrics in self._unread for name in metrics}:
-            try:
-                values = torch.stack([metrics[name] for metrics in self._unread if name in metrics]).tolist()
-                self._window.setdefault(name, []).extend(filter(math.isfinite, values))
-            except (RuntimeError, TypeError):
-                for metrics in self._unread:
-                    check_metrics(metrics, _STEP)
-                raise
+            values: list[Any] = [metrics[name] for metrics in self._unread if name in metrics]
+            if isinstance(values[0], Tensor):
+                values = torch.stack(values).tolist()
+            self._window.setdefault(name, []).extend(filter(math.isfinite, values))
         self._unread = []
         self._window = {name: values for name, values in self._window.items() if values}
 
@@ -223,13 +222,15 @@ class ShowProgress(Callback):
             self._bar = tqdm(
                 total=loop.max_steps, initial=loop.step, unit="step", dynamic_ncols=True, mininterval=0, miniters=1
             )
-        self._log_evaluation(loop)
+        if loop.evaluation is not None:
+            self._log_evaluation(loop)
 
     def on_step(self, loop: Loop) -> None:
         now = time.monotonic()
         if now - self._last_draw[1] >= self._every:
             self._draw(loop, now)
-        self._log_evaluation(loop)
+        if loop.evaluation is not None:
+            self._log_evaluation(loop)
 
     def on_end(self, loop: Loop) -> None:
         if self._bar is not None:
@@ -260,11 +261,9 @@ class ShowProgress(Callback):
         return ", ".join(texts)
 
     def _log_evaluation(self, loop: Loop) -> None:
-        if loop.evaluation is None:
-            return
         if self._bar is not None:
             self._bar.clear()
-        log.info("step %d: %s", loop.step, numbers_text(loop.evaluation))
+        log.info("step %d: %s", loop.step, numbers_text(loop.evaluation or {}))
         if self._bar is not None:
             self._bar.refresh()
 

@@ -149,14 +149,16 @@ class Plan:
         while True:
             yield [next(slices) for _ in range(self.slices_per_step)]
 
-    def spans(self, piece: Slice) -> Iterator[tuple[int, int, int]]:
+    def spans(self, piece: Slice) -> list[tuple[int, int, int]]:
         """The slice as (epoch, first place, end place), split where an epoch ends."""
-        position, end = piece.first, piece.first + piece.count
+        position, end, size = piece.first, piece.first + piece.count, self.epoch_size
+        spans = []
         while position < end:
-            epoch, place = divmod(position, self.epoch_size)
-            stop = min(self.epoch_size, place + end - position)
-            yield epoch, place, stop
+            epoch, place = divmod(position, size)
+            stop = min(size, place + end - position)
+            spans.append((epoch, place, stop))
             position += stop - place
+        return spans
 
     def steps_of(self, epochs: int) -> int | None:
         """The number of steps that finish ``epochs`` epochs; None where the size of batches varies."""

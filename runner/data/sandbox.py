@@ -63,27 +63,33 @@ def sandboxed(*, draws: bool) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One torch thread, as in a worker process, because float sums depend on the number of threads."""
-    threads = torch.get_num_threads()
-    if threads == 1:  # even setting the same number makes later convolutions slower by some per cent
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+class one_thread:  # noqa: N801
+    """Within the block, torch has one thread, as in a worker process: float sums depend on the number of threads.
+
+    A class, as is ``private_generators``: each batch is read in such blocks, and a generator takes twice as long.
+    """
+
+    def __enter__(self) -> None:
+        self._threads = torch.get_num_threads()
+        if self._threads > 1:  # even setting the same number makes later convolutions slower by some per cent
+            torch.set_num_threads(1)
+
+    def __exit__(self, *error: object) -> None:
+        if self._threads > 1:
+            torch.set_num_threads(self._threads)
 
 
-@contextmanager
-def private_generators(*, look: bool = True) -> Iterator[None]:
+class private_generators:  # noqa: N801
     """The generators are in the fixed state within the block, and restored after it. ``look``: see ``_Numpy``."""
-    python, numpy, of_torch = _PYTHON.enter(), _NUMPY.enter(look=look), _TORCH.enter()
-    try:
-        yield
-    finally:
+
+    def __init__(self, *, look: bool = True) -> None:
+        self._look = look
+
+    def __enter__(self) -> None:
+        self._states = _PYTHON.enter(), _NUMPY.enter(look=self._look), _TORCH.enter()
+
+    def __exit__(self, *error: object) -> None:
+        python, numpy, of_torch = self._states
         _PYTHON.leave(python)
         _NUMPY.leave(numpy)
         _TORCH.leave(of_torch)

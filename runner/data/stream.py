@@ -182,7 +182,7 @@ class MapStyleStream(TrainingStream):
     def step(self) -> Iterator[tuple[float, Any]]:
         self.ready()
         slices = next(self._steps)
-        total = sum(piece.count for piece in slices)
+        total = sum([piece.count for piece in slices])
         own = slices[self.plan.world.rank :: self.plan.world.size]
         digest, substitutions, self._step = 0, "", None
         for number, piece in enumerate(own, 1):

@@ -194,9 +194,12 @@ class LocalJournal:
         self._writing = threading.Lock()  # two threads must not write the pending data twice
 
     def append(self, data: bytes) -> None:
-        with self._writing, contextlib.suppress(OSError):
+        with self._writing:
             self._pending += data
-            self._write()
+            try:  # noqa: SIM105  (suppress() takes as long as the write, in each step)
+                self._write()
+            except OSError:  # the next call writes it
+                pass
 
     def sync(self) -> None:
         try:
