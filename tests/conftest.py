@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "user"))
 sys.path.insert(0, str(Path(__file__).parent))
@@ -61,6 +62,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def scratch_of_all(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What killed processes leave in the temporary folder goes with the folders of the tests."""
     os.environ["TMPDIR"] = tempfile.tempdir = str(tmp_path_factory.mktemp("t"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Small tensors gain nothing from more threads, which wait for each other beside the other tests' processes."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ OPTIONS = sorted(
     if path.parent.name != "experiment"
 )
 EXPERIMENTS = sorted(path.stem for path in (app.CONFIGS / "experiment").glob("*.yaml"))
-LONG = ("arithmetic_grpo", "fashion_mnist", "gpt_muon", "lora")
+LONG = ("arithmetic_grpo", "fashion_mnist", "gpt", "gpt_muon", "lora")
 HAS_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist").is_dir()
 
 

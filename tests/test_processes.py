@@ -142,7 +142,8 @@ def test_a_dying_rank_ends_the_others_and_costs_nothing(
     assert not results(folder(tmp_path, "cut")).differences(uninterrupted(name)[0])
 
 
-@pytest.mark.parametrize("layout", [slow(DDP), FSDP])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [DDP, FSDP])
 def test_many_restore_a_structure_that_training_changed(layout: str, crew: Crews, tmp_path: Path) -> None:
     """A group of the optimizer that a task added, and buffers that grow."""
     task = ("task._target_=mine.growing.Changes", "+task.what=add", "~task.label_smoothing")

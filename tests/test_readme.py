@@ -68,6 +68,7 @@ def test_configurations_on_the_search_path_are_found(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
 
 
+@pytest.mark.slow
 def test_the_screen_shown_is_the_screen(tmp_path: Path) -> None:
     """The lines of README's picture that do not depend on the moment of the kill."""
     shown = html.unescape(re.sub("<[^>]*>", " ", (REPOSITORY / "docs/session.svg").read_text())).replace("\xa0", " ")

@@ -120,6 +120,7 @@ def test_no_secret_reaches_a_file_or_the_screen(store: Store) -> None:
         assert not [raw for raw in files if secret.encode() in raw]
 
 
+@pytest.mark.slow
 def test_children_open_their_parent_with_the_runs_options(store: Store) -> None:
     command = ("experiment=smoke", "trainer.max_steps=5", f"run.root={store.root('family')}", *store.arguments)
     assert store.life(*command, "run.name=p").status == 0
