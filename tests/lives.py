@@ -174,7 +174,7 @@ def preload() -> None:
     """Import all that a life will import, and have Hydra compose a configuration: it keeps what its parser learns."""
     optional = [name for name in ("optuna", "torchmetrics") if importlib.util.find_spec(name)]
     modules = ("sklearn.datasets", "sklearn.datasets.data", "sklearn.datasets.descr", "torch._dynamo", "tabulate")
-    modules += ("tensorboard.plugins.hparams.api_pb2", "hydra._internal.logging_config", "multiprocessing.popen_fork")
+    modules += ("tensorboard.plugins.hparams.api_pb2", "multiprocessing.popen_fork")
     modules += ("runner.app", "runner.experiment", "runner.schedules", "runner.sweep.jobs", "runner.sweep.launcher")
     modules += ("runner.datasets.digits", "runner.datasets.text", "runner.models.mlp", "runner.models.convnet")
     modules += ("runner.models.gan", "runner.models.gpt", "runner.tasks.classification", "runner.tasks.adversarial")
