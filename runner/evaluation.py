@@ -241,6 +241,8 @@ def same_for_all(report: Mapping[str, float | str], team: Team, source: str, rem
     """Return the report if it is the same in all processes. Else raises a TaskError in all of them that shows the first
     metric that differs.
     """
+    if team.world.size == 1:
+        return report
     first = team.comm.broadcast(dict(report))
     differs = json.dumps(first, sort_keys=True) != json.dumps(report, sort_keys=True)
     if not team.sum_tensors({"": torch.tensor(float(differs))})[""]:

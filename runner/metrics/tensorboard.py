@@ -21,7 +21,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from torch.utils.tensorboard._utils import figure_to_image
-from torch.utils.tensorboard.summary import histogram, hparams, image, scalar, text
+from torch.utils.tensorboard.summary import histogram, hparams, image, text
 
 from runner.config.identity import flatten
 from runner.errors import StorageError, TaskError, printable
@@ -51,14 +51,10 @@ class TensorBoardWriter(MetricWriter):
         self._begin()
 
     def add(self, step: int, values: Mapping[str, float | str]) -> None:
-        summaries = (
-            text(tag, f"```\n{value}\n```") if isinstance(value, str) else scalar(tag, value)  # type: ignore[no-untyped-call]
-            for tag, value in values.items()
-        )
-        self._append(step, summaries)
+        self._append(step, [_point(tag, value) for tag, value in values.items()])
 
     def log(self, step: int, summaries: Mapping[str, bytes]) -> None:
-        self._append(step, map(Summary.FromString, summaries.values()))
+        self._append(step, [value for each in summaries.values() for value in Summary.FromString(each).value])
 
     def mark(self, step: int) -> dict[str, Any]:
         """Begin a new file if this one is full. No mark is needed: TensorBoard hides the points of repeated steps."""
@@ -76,10 +72,9 @@ class TensorBoardWriter(MetricWriter):
             self.flush()
             self._journals.close()
 
-    def _append(self, step: int, summaries: Iterable[Summary]) -> None:
+    def _append(self, step: int, points: list[Summary.Value]) -> None:
         self._hide_from(min(step, self._step + 1))
-        now = time.time()
-        self._journals.append(encode_events(Event(wall_time=now, step=step, summary=each) for each in summaries))
+        self._journals.append(encode_events([Event(wall_time=time.time(), step=step, summary=Summary(value=points))]))
 
     def _hide_from(self, step: int) -> None:
         """Once: an event at which TensorBoard drops the points from ``step`` on that it has read so far."""
@@ -102,6 +97,12 @@ def encode_events(events: Iterable[Event]) -> bytes:
     for event in events:
         records.write(event.SerializeToString())
     return content.getvalue()
+
+
+def _point(tag: str, value: float | str) -> Summary.Value:
+    if isinstance(value, str):
+        return text(tag, f"```\n{value}\n```").value[0]  # type: ignore[no-untyped-call]
+    return Summary.Value(tag=tag, simple_value=value)
 
 
 def summary(name: str, value: Any) -> bytes:
