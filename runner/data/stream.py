@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from copy import copy
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
-from itertools import chain, tee
+from itertools import tee
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +17,9 @@ import torch
 from runner.data import probe
 from runner.data.fetch import MAX_SUBSTITUTES, BadRecord, Collate, FetchedBatch, Fetcher, Samples, bad_record_error
 from runner.data.ledger import LedgerLine
-from runner.data.loader import Loader, LoaderOptions
+from runner.data.loader import LoaderOptions
 from runner.data.plan import Plan, Slice
-from runner.data.workers import AdaptiveLoader, examine
+from runner.data.workers import BatchLoader, examine
 from runner.distributed.world import World
 from runner.errors import DataError, printable
 
@@ -60,7 +60,7 @@ class TrainingStream(ABC):
     @property
     def workers(self) -> int:
         """The number of processes that load data at present."""
-        return self._loader.workers if isinstance(self._loader, AdaptiveLoader) else self._loading.num_workers
+        return self._loader.workers if isinstance(self._loader, BatchLoader) else self._loading.num_workers
 
     @property
     def automatic(self) -> bool:
@@ -132,7 +132,6 @@ class MapStyleStream(TrainingStream):
         text = str(getattr(fetcher.samples, "fingerprint", ""))
         self._fingerprint: dict[str, Any] = {"samples": sketch, "text": text}
         self._steps: Iterator[list[Slice]] = iter(())
-        self._probe_awaited = False  # whether the loader first yields a worker's answer
         self._prefetched: FetchedBatch | None = None
         self._step: tuple[int, int, StepSamples] | None = None  # first position, positions, samples
 
@@ -154,28 +153,15 @@ class MapStyleStream(TrainingStream):
         world = self.plan.world
         self._steps, prefetched = tee(self.plan.steps(self.consumed, self._fetcher.order))
         slices = (piece for step in prefetched for piece in step[world.rank :: world.size])
-        if self.automatic:
-            self._open_adaptive(slices)
-            return
-        self._probe_awaited = self._probe_digests is not None and self.workers > 0
-        requests = [probe.sample_digests] if self._probe_awaited else []
-        self._loader = Loader(self._fetcher, chain(requests, slices), self._loading)
-        iter(self._loader)
-
-    def _open_adaptive(self, slices: Iterator[Slice]) -> None:
         request = None if self._probe_digests is None else probe.sample_digests
         check = partial(probe.require_equal, self._local_fetcher, self._probe_digests or [], kind="sample-per-process")
-        self._loader = AdaptiveLoader(
+        self._loader = BatchLoader(
             self._fetcher, slices, self._loading, local_fetcher=self._local_fetcher, request=request, check=check
         )
         iter(self._loader)
 
     def ready(self) -> None:
-        if self._probe_awaited:
-            assert self._probe_digests is not None
-            probe.require_equal(self._fetcher, self._probe_digests, next(self._loader), "sample-per-process")
-            self._probe_awaited = False
-        if self._prefetched is None and self.automatic:
+        if self._prefetched is None:
             self._loader.adapt()
         self._prefetched = self._prefetched or self._next()
 
@@ -309,11 +295,7 @@ class EvaluationData:
         self.batch_listeners: Sequence[Callable[[int], None]] = ()  # called before each batch with its number, from 0
         self._fetcher = Fetcher(samples, plan, label="evaluation", collate=collate)
         self._local_fetcher, sketch, _ = examine(self._fetcher, loading, audit=audit, key=key)
-        self._loader: Any = (
-            Loader(self._fetcher, slices, loading, key=key)
-            if loading.limits is None
-            else AdaptiveLoader(self._fetcher, slices, loading, local_fetcher=self._local_fetcher, key=key)
-        )
+        self._loader: Any = BatchLoader(self._fetcher, slices, loading, local_fetcher=self._local_fetcher, key=key)
         self.fingerprint: dict[str, Any] = {"length": plan.samples, "samples": sketch}
 
     def head(self, batches: int) -> "EvaluationData":
@@ -321,7 +303,8 @@ class EvaluationData:
         first = copy(self)
         first._slices, first._weights, first.batch_listeners = self._slices[:batches], self._weights[:batches], ()
         loading = replace(self._loading, num_workers=min(1, self._loading.num_workers))
-        first._loader = Loader(self._local_fetcher, first._slices, loading, key=self.key)
+        reader = self._local_fetcher
+        first._loader = BatchLoader(reader, first._slices, loading, local_fetcher=reader, key=self.key)
         return first
 
     def changes(self, then: dict[str, Any]) -> list[str]:
@@ -343,8 +326,7 @@ class EvaluationData:
         for number, (weight, result) in enumerate(zip(self._weights, self._loader, strict=True)):
             for listener in self.batch_listeners:
                 listener(number)
-            if isinstance(self._loader, AdaptiveLoader):
-                self._loader.adapt()
+            self._loader.adapt()
             if result.bad_records:
                 remedy = f"fix it or take it out of {self.key}: every figure is over all of its samples"
                 raise bad_record_error(result.bad_records[0], self._fetcher.samples, remedy=remedy)

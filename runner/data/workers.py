@@ -123,12 +123,13 @@ class WorkerChoice:
         return self._limits.fit(min(enough, self.limit(measured)[0]))
 
 
-class AdaptiveLoader:
-    """Like ``Loader``: the batches of ``fetcher`` for the items of ``sampler``, read by ``local_fetcher`` in this
-    process or by as many workers as ``WorkerChoice`` chooses. ``adapt`` is called between two steps.
+class BatchLoader:
+    """Iterates over the batches of ``fetcher`` for the items of ``sampler``, pass after pass, as ``Loader`` does. With
+    ``options.limits``, ``WorkerChoice`` chooses the number of workers; ``adapt`` is called between two steps.
 
-    If workers fail, say because one is killed, a line of the log tells why, and this process reads on by itself.
-    ``check`` gets a worker's answer to ``request``, and may raise DataError.
+    With 0 workers ``local_fetcher`` reads the batches. If it is ``fetcher`` itself, the number stays 0. If workers
+    fail whose number was chosen, say because one is killed, a line of the log tells why, and this process reads on by
+    itself. ``check`` gets a worker's answer to ``request`` before the first batch, and may raise DataError.
     """
 
     def __init__(
@@ -142,16 +143,16 @@ class AdaptiveLoader:
         request: Any = None,
         check: Callable[[Any], object] = lambda answer: None,
     ) -> None:
+        limits = options.limits or Limits(cores=0.0)  # of no effect where the number is fixed
         self._fetcher, self._local_fetcher, self._options, self._key = fetcher, local_fetcher, options, key
-        assert options.limits is not None, "for runtime.num_workers=auto"
-        self._choice = WorkerChoice(options.limits, options)
+        self._is_fixed = options.limits is None or fetcher is local_fetcher
+        self._choice = WorkerChoice(limits, options)
         self._items = _Items(sampler, request)
         self._check = check
-        self._fixed_to_this_process = fetcher is local_fetcher
-        self._settings = dict(_settings(fetcher.samples))
+        self._settings = {} if self._is_fixed else dict(_settings(fetcher.samples))
         self._logged_number: int | None = None
-        self._first_seconds, self._most_seconds = options.limits.seconds
-        self._timeout = options.limits.timeout
+        self._first_seconds, self._most_seconds = limits.seconds
+        self._timeout = limits.timeout
         self._spawns = _start_method(options) == "spawn"
         if self._spawns:
             self._first_seconds *= _SPAWN_FACTOR
@@ -160,9 +161,9 @@ class AdaptiveLoader:
         self._last_batch: Any = None
         self._step_began = self._waited = self._all_waited = 0.0  # waits: in this step, in all steps
         self._measure()
-        self._open(0)
+        self._open(options.num_workers)
 
-    def __iter__(self) -> "AdaptiveLoader":
+    def __iter__(self) -> "BatchLoader":
         """Begin a pass."""
         self._require_unchanged()
         self._items.begin()
@@ -173,12 +174,12 @@ class AdaptiveLoader:
     def __next__(self) -> FetchedBatch:
         began = time.perf_counter()
         try:
-            batch: FetchedBatch = next(self._loader)
+            batch = self._next()
         except DataError as error:
-            if not self.workers:
+            if self._is_fixed or not self.workers:
                 raise
             self._stay(error)
-            batch = next(self._loader)
+            batch = self._next()
         self._items.delivered()
         self._waited += time.perf_counter() - began
         if batch.time is not None:  # None for a batch that could not be read
@@ -189,13 +190,15 @@ class AdaptiveLoader:
 
     def adapt(self) -> None:
         """After a step: change the number of workers if that is due, and log each choice once, with the reason."""
+        if self._is_fixed:
+            return
         now = time.perf_counter()
         self._rests.append(now - self._step_began - self._waited)
         self._all_waited += self._waited
         self._step_began, self._waited = now, 0.0
         if self._leave_out:
             self._measure(leave_out=self._leave_out - 1)
-        elif now >= self._due and len(self._rests) >= _MIN_STEPS and not self._fixed_to_this_process:
+        elif now >= self._due and len(self._rests) >= _MIN_STEPS:
             self._adapt(self._measured())
 
     def close(self) -> None:
@@ -241,7 +244,7 @@ class AdaptiveLoader:
 
     def _require_unchanged(self) -> None:
         """Raise DataError if the training process has changed a setting of the data set, of which a copy is read."""
-        if self._fixed_to_this_process:
+        if self._is_fixed:
             return
         for name, now in _settings(self._fetcher.samples):
             before = self._settings.get(name, now)
@@ -262,12 +265,17 @@ class AdaptiveLoader:
     def _begin(self) -> None:
         try:
             iter(self._loader)
-            if self._items.asking:
-                self._check(next(self._loader))
         except DataError as error:
-            if not self.workers:
+            if self._is_fixed or not self.workers:
                 raise
             self._stay(error)
+
+    def _next(self) -> FetchedBatch:
+        if self._items.asking:
+            self._check(next(self._loader))
+            self._items.asking = False
+        batch: FetchedBatch = next(self._loader)
+        return batch
 
     def _move(self, workers: int, reading: float) -> None:
         """Go on reading with another number of workers; a batch takes ``reading`` seconds."""
@@ -285,7 +293,7 @@ class AdaptiveLoader:
 
     def _stay(self, error: DataError) -> None:
         """Read in this process from now on."""
-        self._fixed_to_this_process = True
+        self._is_fixed = True
         self.close()
         log.warning("workers  0: this process reads by itself; workers failed: %s", printable(str(error)))
         self._open(0)
