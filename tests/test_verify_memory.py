@@ -27,6 +27,13 @@ from runner.verify import fingerprint, memory, source, suspects
 from runner.verify.fingerprint import UNSEEN
 
 
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide the modules of other tests, whose memory takes seconds to look at."""
+    for name in [name for name in sys.modules if name.startswith("test_") and name != __name__]:
+        monkeypatch.delitem(sys.modules, name)
+
+
 class Untouchable:
     """Raises wherever it is looked at."""
 

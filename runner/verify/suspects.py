@@ -100,15 +100,17 @@ def take(paths: Iterable[str], objects: Mapping[str, Any], state: Any, file: Pat
 def put(paths: Iterable[str], objects: Mapping[str, Any], state: Any, file: Path) -> list[str]:
     """Give the objects of this process the values that ``take`` wrote; returns the paths that were possible."""
     copies, possible = pickle.loads(file.read_bytes()), []
+    values: dict[str, Value] = {}
     for path in [path for path in paths if path in copies]:
-        values = memory.values(objects, state)  # anew: the last assignment may have changed them
         holder, kind, key, data = copies[path]
+        values = values or memory.values(objects, state)
         try:
             _assign(values[holder].value if holder else None, kind, key, _Unpickler(io.BytesIO(data), values).load())
+            possible.append(path)
         except Exception as error:
             warnings.warn(f"{path} cannot be put into this process: {error}", stacklevel=2)
-            continue
-        possible.append(path)
+        if kind != "setting":
+            values = {}  # the assignment may have changed them
     return possible
 
 
