@@ -54,7 +54,7 @@ from runner.config.schema import refuse_secrets
 from runner.distributed import join_team
 from runner.distributed.communicator import Communicator, Team, on_all_ranks, on_rank_zero
 from runner.distributed.world import world
-from runner.errors import ConfigError, FinishedMeanwhile, Interrupted, RunnerError, printable, redacted
+from runner.errors import ChangedMeanwhile, ConfigError, Interrupted, RunnerError, printable, redacted
 from runner.plain import numbers_text
 from runner.run.directory import RunDirectory
 from runner.run.opening import RunSpec, must_wait, open_run, refuse_links
@@ -225,7 +225,7 @@ def _run_to_completion(spec: RunSpec, config: DictConfig, team: Team, /) -> floa
     if result is None:
         try:
             result = _import_experiment().run(run, config, team)
-        except FinishedMeanwhile:
+        except ChangedMeanwhile:
             return _run_to_completion(spec, config, team)
     _log_result(run, result, curves=config.metrics.writers.get("tensorboard") is not None)
     objective: float | None = (result.get("objective") or {}).get("value")

@@ -63,8 +63,10 @@ class Superseded(RunInUse):
     """A newer attempt has claimed the run. Nothing that this attempt still writes will be used."""
 
 
-class FinishedMeanwhile(RunnerError):
-    """Another process finished the run between its opening and its claim by this process, which takes the result."""
+class ChangedMeanwhile(RunnerError):
+    """Another process finished the run, or took it although this process waits for it, between its opening and its
+    claim by this process, which opens it again.
+    """
 
 
 class NoLoadableCheckpoint(RunnerError):

@@ -213,6 +213,28 @@ def test_waiting_for_a_run_ends_when_it_is_free(life: Lives, tmp_path: Path) -> 
     assert "attempt  2" not in second.output
 
 
+def test_commands_that_wait_all_go_on_waiting_when_one_of_them_has_the_run(life: Lives, tmp_path: Path) -> None:
+    """The run is free for each of them when it looks, and has another owner when it claims."""
+    waits = (*COMMAND, f"run.root={tmp_path}", "run.name=r", "run.on_conflict=wait")
+    code = """
+import os, time, types
+from pathlib import Path
+from runner import app
+imported, here = app._import_experiment, Path.cwd()
+def together():
+    (here / f"ready-{os.getpid()}").touch()
+    while len([*here.glob("ready-*")]) < 3:
+        time.sleep(0.01)
+    return imported()
+app._import_experiment = together
+"""
+    (tmp_path / "together.py").write_text(code)
+    started = [life.start(*waits, "imports=[together]", cwd=tmp_path) for _ in range(3)]
+    ended = [process.wait() for process in started]
+    assert [each.status for each in ended] == [0, 0, 0], [each.output for each in ended]
+    assert sum("attempt  1" in each.output for each in ended) == 1
+
+
 @pytest.mark.slow
 def test_a_run_finished_before_its_claim_is_not_begun_again(tmp_path: Path) -> None:
     """Both found it unfinished; the slower one takes the result, and leaves no attempt."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from runner.config.identity import ChangedKey, compare, value_digest
 from runner.config.schema import OnConflict, OnDrift
-from runner.errors import ConfigError, DriftRefused, FinishedMeanwhile, StorageError, printable
+from runner.errors import ChangedMeanwhile, ConfigError, DriftRefused, RunInUse, StorageError, printable
 from runner.run import attempts
 from runner.run.attempts import Attempt
 from runner.run.directory import RunDirectory
@@ -119,11 +119,14 @@ def claim_run(spec: RunSpec, facts: dict[str, Any], *, above: int, parent: dict[
 
     Raises RunInUse while another process works on it, unless ``run.on_conflict=steal``. Raises, and withdraws the
     claim, if the run has changed since it was opened: DriftRefused if another command with the same run.name created
-    or changed it, FinishedMeanwhile if it now has a result.
+    or changed it, ChangedMeanwhile if it now has a result, or another process although ``run.on_conflict=wait``.
     """
     directory = spec.directory
     steal = spec.on_conflict is OnConflict.steal
-    attempt = attempts.claim(directory.location, facts | {"accepted": spec.accepted}, above=above, steal=steal)
+    try:
+        attempt = attempts.claim(directory.location, facts | {"accepted": spec.accepted}, above=above, steal=steal)
+    except RunInUse as error:  # several commands waited for the same process
+        raise ChangedMeanwhile(str(error)) if spec.on_conflict is OnConflict.wait else error from None
     try:
         directory.create(spec.identity, parent=parent)
         current = directory.identity(before=attempt.number) or {}  # without what this attempt's own claim accepts
@@ -131,7 +134,7 @@ def claim_run(spec: RunSpec, facts: dict[str, Any], *, above: int, parent: dict[
         if changes and drift_table(changes) != drift_table(spec.changes):
             raise DriftRefused(_refusal(spec, changes))
         if not changes and directory.complete_result(spec.identity) is not None:
-            raise FinishedMeanwhile(f"{directory.location.url} was finished by another process")
+            raise ChangedMeanwhile(f"{directory.location.url} was finished by another process")
     except BaseException:
         with suppress(StorageError):
             attempt.withdraw()
