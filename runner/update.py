@@ -60,7 +60,7 @@ class WeightUpdate:
     def __post_init__(self) -> None:
         for optimizer in by_name(self.optimizer).values():
             for each in (optimizer, *getattr(optimizer, "__dict__", {}).values()):  # SAM wraps another optimizer
-                if isinstance(each, Optimizer):
+                if isinstance(each, Optimizer) and hasattr(each, "_optimizer_step_pre_hooks"):
                     each.register_step_pre_hook(self._require_apply)
 
     def autocast(self) -> AbstractContextManager[Any]:

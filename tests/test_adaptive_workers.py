@@ -419,7 +419,7 @@ def test_processes_of_a_machine_share_its_cores(
     assert local_size() == number
 
 
-def test_a_copy_shares_large_data_alone() -> None:
+def test_a_copy_shares_large_data_and_modules_alone() -> None:
     sparse = pytest.importorskip("scipy.sparse")
 
     class Inner:
@@ -429,7 +429,7 @@ def test_a_copy_shares_large_data_alone() -> None:
 
     class Outer:
         def __init__(self) -> None:
-            self.parts = [Inner()]
+            self.parts, self.module = [Inner()], torch.utils.data
 
     outer = Outer()
     copied = unread_copy(outer).parts[0]

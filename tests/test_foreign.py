@@ -114,6 +114,43 @@ def test_checking_whether_a_state_sticks_changes_no_sample(kind: Any, workers: i
     assert [step(again) for _ in whole[2:]] == whole[2:]
 
 
+class Buffers(OnDataset):
+    """Shuffles in a buffer that its state lacks."""
+
+    def __iter__(self) -> Iterator[Any]:
+        buffer = []
+        for row in super().__iter__():
+            buffer.append(row)
+            if len(buffer) > 3:
+                yield buffer.pop(random.randrange(4))
+        yield from buffer
+
+
+class Ahead(OnDataset):
+    """Has each sample made before the one before it is asked for, and keeps a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numpy = np
+
+    def __iter__(self) -> Iterator[Any]:
+        rows = super().__iter__()
+        row = next(rows)
+        for after in rows:
+            yield row
+            row = after
+        yield row
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "read": self.read - 1}
+
+
+@pytest.mark.parametrize("kind", [Buffers, Ahead])
+def test_a_state_that_lacks_something_is_refused_at_the_start(kind: Any) -> None:
+    with pytest.raises(DataError, match=r"yields other samples than those that followed.*data\.replay=true"):
+        step(stream(kind(), audit=True))
+
+
 def test_a_data_set_that_cannot_be_copied_is_not_probed() -> None:
     class Locked(OnDataset):
         def __init__(self) -> None:

@@ -11,6 +11,7 @@ from runner.data.iterable import BatchOptions, IterableStream
 from runner.data.loader import LoaderOptions
 from runner.data.plan import Plan
 from runner.data.stream import MapStyleStream
+from runner.errors import DataError
 
 N, BATCH = 22, 4
 CPU = torch.device("cpu")
@@ -92,3 +93,7 @@ def test_a_shuffled_one_is_not_exact_by_its_own_state(data: Any) -> None:
     """So that it is noticed here when it is, and what is said about it can be mended."""
     shuffled = data.to_iterable_dataset(num_shards=4).shuffle(buffer_size=6, seed=3)
     assert differing(shuffled, 0, range(2, 4)) != []
+    live = opaque(shuffled.map(dict), 0, audit=True)
+    live.open()
+    with pytest.raises(DataError, match=r"the state lacks something, as that of Hugging Face's shuffle.*data\.replay"):
+        steps(live, 1)

@@ -7,7 +7,8 @@ to there.
 
 Hugging Face's ``datasets`` 5.2: its state is exact with any number of workers as long as nothing is shuffled.
 ``IterableDataset.shuffle`` leaves its buffer out of the state, so that a resume loses and repeats samples, and with
-``buffer_size=1`` workers fail to load the state (an IndexError). With ``data.replay`` all of these are exact.
+``buffer_size=1`` workers fail to load the state (an IndexError). Its first samples do not show that, so it is known by
+its class, and refused unless ``data.replay`` is set, with which all of these are exact.
 """
 
 import logging
@@ -49,6 +50,11 @@ _STATE_STICKS = (
     "after load_state_dict, every further pass begins where that state was taken: a resumed run would leave out the "
     "samples before it forever. Let __iter__ forget the state once it is used, or give the data set a set_epoch that "
     "forgets it, or set data.replay=true"
+)
+_STATE_LACKS = (
+    "after load_state_dict it yields other samples than those that followed its state_dict: the state lacks something, "
+    "as that of Hugging Face's shuffle lacks its buffer, or __iter__ draws random numbers for samples ahead. Set "
+    "data.replay=true: every resume then reads the current pass again up to there"
 )
 _NOT_SEEDED = (
     " with the same seeds, so a resume could not continue where it was. Seed every generator in it that the runner "
@@ -246,15 +252,19 @@ class IterableBatches(IterableDataset[Batch]):
             start = _Cursor(self._number)
             differs = first._digests(start, samples=2) != resumed._digests(start, samples=2)
             return f"pass {self._number} begins with other samples when it is read again{_NOT_SEEDED}" * differs
-        first._digests(_Cursor(0))
+        if _loses_its_buffer(self.samples):
+            return _STATE_LACKS
+        followed = first._digests(_Cursor(0), samples=2)[1]
         state = first._cursor
-        resumed._digests(state, samples=2)
+        if resumed._digests(state, samples=2)[0] != followed:
+            return _STATE_LACKS
         after = resumed._digests(_Cursor(1))
         stuck = after == self._copy()._digests(state._replace(number=1, since=0))
         return _STATE_STICKS * (stuck and after != self._copy()._digests(_Cursor(1)))
 
     def _copy(self) -> "IterableBatches":
-        return IterableBatches(unread_copy(self.samples), self.options, self.epoch_lock)
+        options = replace(self.options, randomness="sample")  # equal draws, wherever in a batch the state is taken
+        return IterableBatches(unread_copy(self.samples), options, self.epoch_lock)
 
     def _digests(self, cursor: _Cursor, *, samples: int = 1) -> list[str]:
         """Digests of the first samples after a cursor. The state is recorded after the first of them."""
@@ -464,6 +474,14 @@ class IterableStream(TrainingStream):
         return DataError(
             f"data.train is empty: {name} yielded nothing in a whole pass{dropped}; look at files and filters"
         )
+
+
+def _loses_its_buffer(samples: Any) -> bool:
+    """Whether it is a data set of Hugging Face that shuffles in a buffer, whose first samples show no loss."""
+    parts = [getattr(samples, "_ex_iterable", None)]
+    for part in parts:  # grows
+        parts += [inner for inner in (getattr(part, "ex_iterable", None), *getattr(part, "ex_iterables", ())) if inner]
+    return any(type(part).__name__ == "BufferShuffledExamplesIterable" for part in parts)
 
 
 def _require_iterable(samples: Any) -> None:

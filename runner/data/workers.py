@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -381,7 +382,7 @@ def _open_files() -> set[str]:
 
 
 def unread_copy(samples: Any) -> Any:
-    """A copy that can be read without a change to the original. They share only large data."""
+    """A copy that can be read without a change to the original. They share only large data and modules."""
     shared: dict[int, Any] = {}
     _share(samples, shared, set(), _DEPTH)
     return copy.deepcopy(samples, shared)
@@ -401,7 +402,9 @@ def _share(value: Any, shared: dict[int, Any], seen: set[int], depth: int) -> No
     if id(value) in seen or depth < 0:
         return
     seen.add(id(value))
-    if isinstance(value, np.ndarray | torch.Tensor) or type(value).__module__.partition(".")[0] in _IN_MEMORY:
+    if isinstance(value, ModuleType):
+        shared[id(value)] = value
+    elif isinstance(value, np.ndarray | torch.Tensor) or type(value).__module__.partition(".")[0] in _IN_MEMORY:
         if math.prod(getattr(value, "shape", ())) > _LARGE:
             shared[id(value)] = value
     elif isinstance(value, list | tuple | dict):
