@@ -50,6 +50,7 @@ from runner.optimizers import (
     settings_of,
     step_error,
     takes_metric,
+    without_names,
 )
 from runner.rng import seed_all
 from runner.run.attempts import Attempt
@@ -345,7 +346,12 @@ def _optimizer(node: Any, model: nn.Module, task: Task, key: str, weights: Named
         matches = {*matching(dict(weights), patterns, "optimizer.params")}
         weights = [(name, weight) for name, weight in weights if name in matches]
     rate = getattr(maker, "keywords", {}).get("lr")
-    optimizer = _construct(maker, grouped(model, weights, key, lr=rate, **settings), key)
+    groups = partial(grouped, model, weights, key, lr=rate, **settings)
+    with_names = groups()
+    try:
+        optimizer = maker(with_names)
+    except Exception:  # not every optimizer takes weights with their names
+        optimizer = _construct(maker, without_names(groups()), key)
     if type(task).optimization_step is Task.optimization_step:
         require_plain_step(optimizer, key)
     if isinstance(optimizer, Optimizer):

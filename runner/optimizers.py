@@ -160,6 +160,13 @@ def grouped(
     return [*by_settings.values()]
 
 
+def without_names(groups: Any) -> Any:
+    """What ``grouped`` returns, with the weights alone."""
+    if any(isinstance(each, dict) for each in groups):
+        return [{**group, "params": without_names(group["params"])} for group in groups]
+    return [weight for _, weight in groups]
+
+
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The repeated layers of a model: the children of a ``ModuleList`` or ``Sequential``, where there are two or more,
     all of one class and with parameters. Blocks within blocks do not count.

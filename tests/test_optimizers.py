@@ -8,16 +8,20 @@ import torch
 from crews import Crews
 from lives import Lives
 from marks import quick_first, slow
+from omegaconf import OmegaConf
 from results import metric_lines, results
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from runner.build import _optimizers
 from runner.checkpoint.store import CheckpointStore
+from runner.checkpoint.structure import Structure
 from runner.errors import ConfigError, TaskError
 from runner.models.gpt import GPT
 from runner.optimizers import Named, divide, grouped, matching, table
 from runner.runs.__main__ import main
 from runner.storage import LocalLocation
+from runner.task import Task
 from runner.update import WeightUpdate
 
 CPU = torch.device("cpu")
@@ -258,3 +262,39 @@ def test_parts_of_the_state_have_the_names_of_optimizers(life: Lives, tmp_path: 
     names = [name for name in newest if name.startswith("discriminator")]
     assert all(torch.equal(newest[name], weights[1][name]) for name in names)
     assert not all(torch.equal(newest[name], oldest[name]) for name in newest if name.startswith("generator"))
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Has another optimizer inside, does not call the constructor of its base, and takes no names of weights."""
+
+    def __init__(self, weights: Any, lr: float = 0.1, keeps: bool = True) -> None:
+        assert all(isinstance(weight, nn.Parameter) for weight in weights)
+        self.base, self.keeps = torch.optim.SGD(weights, lr, momentum=0.9), keeps
+        self.param_groups, self.state, self.defaults = self.base.param_groups, {}, self.base.defaults
+
+    def step(self) -> None:  # type: ignore[override]
+        self.base.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.base.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.base.state_dict() if self.keeps else {}
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_an_optimizer_around_another_trains_and_what_it_does_not_save_is_named(
+    keeps: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Pair()
+    node = OmegaConf.create({"_target_": f"{__name__}.Lookahead", "lr": 0.1, "keeps": keeps})
+    optimizer = _optimizers(node, model, Task())
+    update = WeightUpdate(model, optimizer, device=CPU)
+    structure = Structure({"model": model, "optimizer": optimizer}, optimizer, Pair)
+    loss = model(torch.ones(4, 2)).sum()
+    update.backward(loss)
+    update.step(loss)
+    for step in (1, 2):
+        assert structure.changes(step, {"model": model, "optimizer": optimizer}, optimizer) == {}
+    lost = "state    optimizer.base (SGD) has state that the state_dict of Lookahead lacks: a resume will not be exact"
+    assert caplog.messages == ([] if keeps else [f"{lost}. Save it there"])

@@ -5,18 +5,23 @@ another size, other groups of the optimizer), the commit says what a restore has
 restore could bring back is not saved.
 """
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from runner.checkpoint.sharding import is_distributed, local
 from runner.checkpoint.tensor_file import is_finite
 from runner.errors import StateError
 from runner.optimizers import parts_of, saved_name
 from runner.rng import temporary_seed
+
+log = logging.getLogger("runner")
 
 TensorType = tuple[tuple[int, ...], torch.dtype] | None  # of a tensor; None for any other value
 
@@ -39,6 +44,7 @@ class Structure:
         self.nonfinite = {name for name, weight in self._weights.items() if not is_finite(local(weight.detach()))}
         self._build = build
         self._loadable: set[str] = set()  # tensors that the model's own code loads
+        self._inner: set[str] = set()  # optimizers inside of others whose state was looked for
 
     def changes(self, step: int, parts: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
         """What a restore of this step has to change first, as JSON: names of ``buffers`` in other sizes by part, and of
@@ -52,7 +58,21 @@ class Structure:
         for name, each in parts_of("optimizer", optimizer).items():
             groups = self._regrouped(step, parts, name, _groups(each))
             changes |= {} if groups is None else {groups_key(name): groups}
+            self._warn_of_inner_state(name, each)
         return changes
+
+    def _warn_of_inner_state(self, name: str, optimizer: Any) -> None:
+        """SAM and its like wrap another optimizer, whose state their state_dict may lack."""
+        for attribute, inner in getattr(optimizer, "__dict__", {}).items():
+            path = f"{name}.{attribute}"
+            if not isinstance(inner, Optimizer) or not inner.state or path in self._inner:
+                continue
+            self._inner.add(path)
+            kept, saved = _tensors([*inner.state.values()]), _tensors(optimizer.state_dict())
+            largest = max(kept, key=Tensor.numel, default=None)
+            if largest is not None and not any(torch.equal(largest, each) for each in saved):
+                outer, text = type(optimizer).__qualname__, "state    %s (%s) has state that the state_dict of %s lacks"
+                log.warning(f"{text}: a resume will not be exact. Save it there", path, type(inner).__qualname__, outer)
 
     def resize(self, part: str, buffers: Iterable[str], state: Mapping[str, Any]) -> None:
         """Make the ``buffers``, and those that an earlier call changed, in the sizes and types of ``state``."""
@@ -159,6 +179,10 @@ def _weights(parts: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _groups(optimizer: Any) -> list[list[Tensor]]:
     return [[*group["params"]] for group in getattr(optimizer, "param_groups", ())]
+
+
+def _tensors(state: Any) -> list[Tensor]:
+    return [local(leaf.detach()).cpu() for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
 
 
 def _declared(module: nn.Module) -> set[str]:
