@@ -57,7 +57,7 @@ from runner.run.attempts import Attempt
 from runner.run.opening import RunSpec
 from runner.state import Progress, Stateful, TrainState
 from runner.task import Task
-from runner.update import WeightUpdate, moving_average, train_mode
+from runner.update import WeightUpdate, moving_average, not_averaged, train_mode
 
 log = logging.getLogger("runner")
 
@@ -110,7 +110,7 @@ def build(config: Config, device: torch.device, team: Team) -> Parts:
         clip_norm=trainer.clip_norm,
         skip_nonfinite=trainer.on_nonfinite is OnNonfinite.skip,
         average=average,
-        not_averaged=_not_averaged(config, model),
+        not_averaged=not_averaged(model, trainer.ema_params),
         parallelism=parallelism,
         positions=lambda: stream.positions,
         gather=team.all_gather,
@@ -357,14 +357,6 @@ def _optimizer(node: Any, model: nn.Module, task: Task, key: str, weights: Named
     if isinstance(optimizer, Optimizer):
         optimizer.add_param_group = partial(add_group, optimizer, model)  # type: ignore[method-assign]
     return optimizer
-
-
-def _not_averaged(config: Config, model: nn.Module) -> list[str]:
-    if (patterns := config.trainer.ema_params) is None:
-        return []
-    names = [name for name, _ in model.named_parameters()]
-    matches = {*matching(names, patterns, "trainer.ema_params")}
-    return [name for name in names if name not in matches]
 
 
 def _construct(maker: Any, argument: Any, key: str) -> Any:

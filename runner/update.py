@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from runner.distributed.communicator import Parallelism
 from runner.errors import ConfigError, NonFiniteError, TaskError
-from runner.optimizers import Named, by_name, weights_of
+from runner.optimizers import Named, Patterns, by_name, matching, weights_of
 
 log = logging.getLogger("runner")
 
@@ -333,6 +333,13 @@ def moving_average(model: nn.Module, decay: float) -> AveragedModel:
             f"trainer.ema_decay needs a copy of the model, and copy.deepcopy cannot make it: {reason}{remedy}, or set "
             "trainer.ema_decay=null"
         ) from error
+
+
+def not_averaged(model: nn.Module, patterns: Patterns | None) -> list[str]:
+    """The names of the weights that do not match ``trainer.ema_params``, which the average takes over as they are."""
+    names = [name for name, _ in model.named_parameters()]
+    averaged = names if patterns is None else {*matching(names, patterns, "trainer.ema_params")}
+    return [name for name in names if name not in averaged]
 
 
 def update_average(average: AveragedModel, model: nn.Module, copied: Collection[str] = ()) -> None:

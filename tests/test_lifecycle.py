@@ -213,7 +213,7 @@ def test_waiting_for_a_run_ends_when_it_is_free(life: Lives, tmp_path: Path) -> 
     assert "attempt  2" not in second.output
 
 
-def test_commands_that_wait_all_go_on_waiting_when_one_of_them_has_the_run(life: Lives, tmp_path: Path) -> None:
+def test_of_many_commands_that_wait_each_goes_on_waiting(life: Lives, tmp_path: Path) -> None:
     """The run is free for each of them when it looks, and has another owner when it claims."""
     waits = (*COMMAND, f"run.root={tmp_path}", "run.name=r", "run.on_conflict=wait")
     code = """

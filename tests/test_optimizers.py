@@ -283,9 +283,7 @@ class Lookahead(torch.optim.Optimizer):
 
 
 @pytest.mark.parametrize("keeps", [True, False])
-def test_an_optimizer_around_another_trains_and_what_it_does_not_save_is_named(
-    keeps: bool, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_an_optimizer_around_another_lacks_is_named(keeps: bool, caplog: pytest.LogCaptureFixture) -> None:
     model = Pair()
     node = OmegaConf.create({"_target_": f"{__name__}.Lookahead", "lr": 0.1, "keeps": keeps})
     optimizer = _optimizers(node, model, Task())

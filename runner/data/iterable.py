@@ -6,9 +6,8 @@ of many data sets is wrong. So up to a batch of samples is read again after a re
 to there.
 
 Hugging Face's ``datasets`` 5.2: its state is exact with any number of workers as long as nothing is shuffled.
-``IterableDataset.shuffle`` leaves its buffer out of the state, so that a resume loses and repeats samples, and with
-``buffer_size=1`` workers fail to load the state (an IndexError). Its first samples do not show that, so it is known by
-its class, and refused unless ``data.replay`` is set, with which all of these are exact.
+``IterableDataset.shuffle`` leaves its buffer out of the state, so that a resume loses and repeats samples, which the
+first samples do not show; workers may fail to load it. With ``data.replay`` all of these are exact.
 """
 
 import logging
@@ -248,14 +247,13 @@ class IterableBatches(IterableDataset[Batch]):
     def _flaw(self) -> str:
         """Why this iterable cannot be resumed, as copies of it show; empty if they show nothing."""
         first, resumed = self._copy(), self._copy()
+        if not self.options.replay and _loses_its_buffer(self.samples):
+            return _STATE_LACKS
         if self.options.replay:
             start = _Cursor(self._number)
             differs = first._digests(start, samples=2) != resumed._digests(start, samples=2)
             return f"pass {self._number} begins with other samples when it is read again{_NOT_SEEDED}" * differs
-        if _loses_its_buffer(self.samples):
-            return _STATE_LACKS
-        followed = first._digests(_Cursor(0), samples=2)[1]
-        state = first._cursor
+        followed, state = first._digests(_Cursor(0), samples=2)[1], first._cursor
         if resumed._digests(state, samples=2)[0] != followed:
             return _STATE_LACKS
         after = resumed._digests(_Cursor(1))
@@ -477,11 +475,10 @@ class IterableStream(TrainingStream):
 
 
 def _loses_its_buffer(samples: Any) -> bool:
-    """Whether it is a data set of Hugging Face that shuffles in a buffer, whose first samples show no loss."""
-    parts = [getattr(samples, "_ex_iterable", None)]
-    for part in parts:  # grows
-        parts += [inner for inner in (getattr(part, "ex_iterable", None), *getattr(part, "ex_iterables", ())) if inner]
-    return any(type(part).__name__ == "BufferShuffledExamplesIterable" for part in parts)
+    """Whether it is a data set of Hugging Face that shuffles in a buffer."""
+    inner = [getattr(samples, name, None) for name in ("_ex_iterable", "ex_iterable")]
+    parts = [part for part in (*inner, *getattr(samples, "ex_iterables", ())) if part is not None]
+    return type(samples).__name__ == "BufferShuffledExamplesIterable" or any(map(_loses_its_buffer, parts))
 
 
 def _require_iterable(samples: Any) -> None:
