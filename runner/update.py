@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field
-from itertools import chain
 from typing import Any
 
 import torch
@@ -92,7 +91,8 @@ class WeightUpdate:
     def apply(self, loss: Tensor, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
         """Move the weights of these optimizers by their gradients, or skip them, and clear all gradients."""
         self.parallelism.reduce_gradients()
-        weights = self._weights(optimizers)
+        own = weights_of(optimizers)
+        weights = self._weights(own)
         if len(optimizers) > 1:
             optimizers = [each for each in optimizers if any(weight.grad is not None for weight in weights_of([each]))]
         if self.scaler is not None:
@@ -112,7 +112,7 @@ class WeightUpdate:
             for optimizer in optimizers:
                 self._step_optimizer(optimizer)
             self.in_own_step = in_own_step
-        self._clear(weights, optimizers)
+        self._clear([*weights, *own], optimizers)
         return measured
 
     def _require_apply(self, *_: Any) -> None:
@@ -168,13 +168,14 @@ class WeightUpdate:
                 f"{names[0]} still has a gradient after the step, and checkpoints hold no gradients: {remedy}"
             )
 
-    def _weights(self, optimizers: Sequence[Optimizer]) -> list[Tensor]:
-        """The weights that have a gradient; a sparse one has each of its elements once.
+    def _weights(self, own: list[Tensor]) -> list[Tensor]:
+        """The weights of the model and the optimizers' ``own`` that have a gradient; a sparse gradient has each of its
+        elements once.
 
         Collected anew for each step, and whether they are trained now or not: a task may freeze, thaw, add and replace
         weights, and an optimizer moves whatever has a gradient.
         """
-        all_weights = [*_weights(self.model), *weights_of(optimizers)]
+        all_weights = _weights(self.model) + own
         weights = {id(weight): weight for weight in all_weights if weight is not None and weight.grad is not None}
         for weight in weights.values():
             if weight.grad is not None and weight.grad.is_sparse:
@@ -182,12 +183,12 @@ class WeightUpdate:
         return [*weights.values()]
 
     def _clear(self, weights: list[Tensor], optimizers: Sequence[Any]) -> None:
-        """No state has a gradient: clear also those of weights that are not the optimizer's."""
+        """No state has a gradient: clear also those of weights that are not the optimizers'."""
         for optimizer in optimizers:
             zero_grad = optimizer.zero_grad
             if getattr(zero_grad, "__func__", None) is not Optimizer.zero_grad:  # torch takes as long as a kernel
                 zero_grad(set_to_none=True)
-        for weight in chain(weights, weights_of(optimizers)):
+        for weight in weights:
             weight.grad = None
 
     def _unscale(self, weights: list[Tensor], optimizers: Sequence[Optimizer]) -> None:
