@@ -349,9 +349,10 @@ def update_average(average: AveragedModel, model: nn.Module, copied: Collection[
     """
     if _outline(average.module) != _outline(model):
         _require_same_weights(average.module, model)
+        copies = {id(buffer): buffer.detach().clone() for buffer in model.buffers()}  # shared as in the model
         for old, new in zip(average.module.modules(), model.modules(), strict=True):
             old._buffers.clear()
-            old._buffers.update({n: b if b is None else b.detach().clone() for n, b in new._buffers.items()})
+            old._buffers.update({name: b if b is None else copies[id(b)] for name, b in new._buffers.items()})
             old._non_persistent_buffers_set = {*new._non_persistent_buffers_set}
     average.update_parameters(model)
     if copied:
@@ -362,13 +363,14 @@ def update_average(average: AveragedModel, model: nn.Module, copied: Collection[
 
 def _outline(model: nn.Module) -> list[object]:
     """Modules, weights and buffers in order, for a comparison at each step: equal outlines can be averaged."""
-    first: dict[int, int] = {}  # weight -> number of its first use: tied weights must be tied alike
+    first: dict[int, int] = {}  # tensor -> number of its first use: tied weights and buffers must be tied alike
     outline: list[object] = []
     for module in model.modules():
         outline += module._modules
         for name, weight in module._parameters.items():
             outline += [name, None if weight is None else (weight.shape, first.setdefault(id(weight), len(first)))]
-        outline += [(name, b if b is None else (b.shape, b.dtype)) for name, b in module._buffers.items()]
+        for name, b in module._buffers.items():
+            outline += [name, None if b is None else (b.shape, b.dtype, first.setdefault(id(b), len(first)))]
     return outline
 
 

@@ -174,6 +174,26 @@ def test_the_average_has_the_current_buffers_of_the_model() -> None:
         assert [*copies.state_dict()] == [*model.state_dict()]
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_buffers_are_shared_in_the_average_as_in_the_model(shared: bool) -> None:
+    """Two modules begin with one tensor; a buffer before them changes its size, or each gets a tensor of its own."""
+    model: Any = nn.ModuleList([Caches(), nn.Linear(1, 1), nn.Linear(1, 1), nn.Linear(1, 1)])
+    tables = [torch.zeros(3), torch.zeros(2)]
+    for layer, table in zip(model[1:], (tables[0], tables[0], tables[1]), strict=True):
+        layer.register_buffer("table", table)
+    average = moving_average(model, 0.5)
+    copies: Any = average.module
+    if shared:
+        model[0](torch.ones(4, 2))
+    for number in (1, 2):
+        for layer in model[1:]:
+            layer.table = layer.table if shared else torch.full_like(layer.table, number)
+            layer.table += 1
+        update_average(average, model)
+        assert all(torch.equal(copy.table, layer.table) for copy, layer in zip(copies[1:], model[1:], strict=True))
+        assert (copies[1].table is copies[2].table) == shared
+
+
 def grow(model: Any) -> None:
     model.third = nn.Linear(1, 1)
 
