@@ -9,10 +9,12 @@ import torch
 from lives import Lives
 from marks import slow
 from results import results
+from torch import nn
 
 from runner.checkpoint.manifest import seal, unseal
 from runner.checkpoint.snapshot import Snapshot
 from runner.checkpoint.store import CheckpointStore
+from runner.checkpoint.structure import Structure
 from runner.storage import LocalLocation
 
 USER = Path(__file__).parent / "user"
@@ -40,6 +42,25 @@ def test_a_changed_structure_is_restored(settings: tuple[str, ...], life: Lives,
     ended = life(*command, "run.name=cut", cwd=USER)
     assert (ended.status, "resumed from step 12 of attempt" in ended.output) == (0, True), ended.output
     assert not results(tmp_path / "smoke/cut").differences(results(tmp_path / "smoke/whole"))
+
+
+def test_buffers_built_as_one_tensor_are_loaded_as_several() -> None:
+    def build() -> nn.Module:
+        model, table = nn.ModuleList([nn.Tanh(), nn.Tanh(), nn.Tanh()]), torch.zeros(2)
+        for layer in model:
+            layer.register_buffer("table", table)
+        return model
+
+    model = build()
+    structure = Structure({"model": model}, None, build)
+    assert structure.changes(1, {"model": model}, None) == {}
+    for number, layer in enumerate(model):
+        layer.table = torch.full((2,), 1.0 * number)
+    changes = structure.changes(2, {"model": model}, None)
+    resumed = build()
+    Structure({"model": resumed}, None, build).resize("model", changes["buffers"]["model"], model.state_dict())
+    resumed.load_state_dict(model.state_dict())
+    assert [layer.table.tolist() for layer in resumed] == [[number, number] for number in range(3)]
 
 
 @pytest.mark.parametrize("eager", [False, slow(True)], ids=["by hand", "also by its own code for loading"])

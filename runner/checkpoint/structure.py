@@ -97,7 +97,9 @@ class Structure:
         """The buffers that a restore has to make again. Raises StateError if anything else is not as it was built."""
         before, now = self.tensor_types[part], _tensor_types(module)
         changes = [name for name in {**before, **now} if before.get(name, ()) != now.get(name, ())]
-        buffers = self._declared[part] & _declared(module) if changes else set()
+        shared = _declared(module)  # loaded into one tensor, buffers that were one when built would all be the last
+        changes += [name for name in shared if name in now and self._declared[part].get(name, name) != shared[name]]
+        buffers = self._declared[part].keys() & shared if changes else set()
         others = [name for name in changes if name not in buffers and name not in self._loadable]
         if others and not (part == "model" and self._can_load(module, buffers, now)):
             name = others[0]
@@ -105,7 +107,7 @@ class Structure:
                 step, f"{part}/{name} is {_words(now, name)}, and was {_words(before, name)} at the start"
             )
         self._loadable.update(others)
-        return [name for name in changes if name in buffers]
+        return [name for name in dict.fromkeys(changes) if name in buffers]
 
     def _can_load(self, module: nn.Module, buffers: set[str], now: Mapping[str, TensorType]) -> bool:
         """Whether the model's own code for loading gives a new model the structure of this one."""
@@ -155,7 +157,7 @@ def _tensor_types(module: nn.Module) -> dict[str, TensorType]:
 
 def _resize(module: nn.Module, buffers: Collection[str], state: Mapping[str, Any]) -> None:
     device = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), None)
-    for name in _declared(module).intersection(buffers):
+    for name in _declared(module).keys() & buffers:
         path, _, own = name.rpartition(".")
         value = state.get(name)
         module.get_submodule(path)._buffers[own] = None if value is None else torch.empty_like(value, device=device)
@@ -185,10 +187,12 @@ def _tensors(state: Any) -> list[Tensor]:
     return [local(leaf.detach()).cpu() for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
 
 
-def _declared(module: nn.Module) -> set[str]:
-    """The names of all buffers, also of those that are None."""
-    paths = ((path, own) for path, inner in module.named_modules(remove_duplicate=False) for own in inner._buffers)
-    return {f"{path}.{own}" if path else own for path, own in paths}
+def _declared(module: nn.Module) -> dict[str, str]:
+    """The names of all buffers, also of those that are None, and the first name of the same tensor."""
+    first: dict[int, str] = {id(None): ""}
+    modules = module.named_modules(remove_duplicate=False)
+    named = ((f"{path}.{own}".lstrip("."), b) for path, inner in modules for own, b in inner._buffers.items())
+    return {name: first.setdefault(id(buffer), name) for name, buffer in named}
 
 
 def _has_own_loading(module: nn.Module) -> bool:
