@@ -7,8 +7,8 @@ checks the code against this map.
 Where to look first: ``trainer`` (the loop), ``data/order`` and ``data/plan`` (which sample comes next), ``state`` (what
 a resume restores), ``config/identity`` (which commands name the same run), ``callbacks/saving`` (when a checkpoint is
 made), ``checkpoint/store`` (what a commit is, and which checkpoints are kept), ``app`` (from a SIGTERM to the exit),
-``metrics/writer`` and ``metrics/service`` (a logger of your own, such as MLflow), ``verify/proof`` (from a command to a
-verdict).
+``metrics/writer`` and ``metrics/service`` (a logger of your own; those for MLflow and W&B are in ``metrics/trackers``),
+``verify/proof`` (from a command to a verdict).
 
    14  api
    13  verify/ (__main__, campaign, causes, controls, diagnosis, difference, execution, fingerprint, fork_server,

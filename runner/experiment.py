@@ -214,7 +214,7 @@ def _claim(spec: RunSpec, team: Team, facts: dict[str, Any]) -> Iterator[tuple[i
 
     def claim() -> int:
         # The number must also be above those of commits, because somebody may have removed attempts/ by hand.
-        spec.directory.settle()
+        spec.directory.sync_parents()
         above = max((commit.attempt for commit in commits(spec.directory.location)), default=0)
         parent = None  # an existing run has its parent in its record already
         if spec.parent is not None and spec.directory.record() is None:
@@ -231,7 +231,7 @@ def _claim(spec: RunSpec, team: Team, facts: dict[str, Any]) -> Iterator[tuple[i
     team.on_failure(lambda reason, status: attempt.end(_outcome(status), reason=reason))
     outcome, reason = "finished", ""
     try:
-        spec.directory.sweep()
+        spec.directory.remove_leftovers()
         yield number, attempt
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"

@@ -138,7 +138,7 @@ def test_all_records_of_a_run_are_there_after_a_cut(tmp_path: Path, monkeypatch:
     for folder in ("", "/attempts", "/ledger"):  # a life may die between the calls that make a folder and sync its name
         system.others_make(tmp_path / f"outputs/e/v{folder}")
     directory = RunDirectory.under(str(tmp_path / "outputs"), "e", "v")
-    directory.settle()
+    directory.sync_parents()
     directory.location.put("attempts/000001-aaaaaaaaaaaa.json", [b"{}"])
     directory.create(identity, parent=None)
     ledger = Ledger(directory.location, attempt=1, recipe={"samples": 9}, grouping=4)

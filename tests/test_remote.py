@@ -439,7 +439,7 @@ def test_uploads_of_killed_processes_are_aborted(s3: Server) -> None:
             "upload_part", Bucket=bucket, Key=f"{key}/{name}", UploadId=upload["UploadId"], PartNumber=1, Body=b"x" * 99
         )
     assert len(uploads(s3, url)) == 5
-    RunDirectory("", "", "", open_location(f"{url}/run", s3.options)).sweep()
+    RunDirectory("", "", "", open_location(f"{url}/run", s3.options)).remove_leftovers()
     assert uploads(s3, url) == ["run/below/data/a", "run2/data/a"]
 
 

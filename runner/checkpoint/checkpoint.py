@@ -107,7 +107,7 @@ def _require_digest(file: str, begin: int, data: list[memoryview], expected: str
 
 
 def _buffers(pieces: list[tuple[int, memoryview]], size: int) -> list[memoryview]:
-    """Memory for all ``size`` bytes of a block."""
+    """Memory for all ``size`` bytes of a block: its pieces, and scratch memory between them, read for the digest."""
     buffers: list[memoryview] = []
     position = 0
     for at, piece in sorted(pieces, key=lambda piece: piece[0]):

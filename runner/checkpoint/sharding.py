@@ -186,7 +186,7 @@ def plan(shards: Mapping[str, LocalShard], own: Mapping[str, Tensor]) -> WritePl
     """
     if (count := len(shards) + len(own)) > MAX_TENSORS:
         raise StateError(f"cannot save {count} tensors; a checkpoint has at most {MAX_TENSORS}")
-    first: dict[Any, str] = {}
+    first: dict[Any, str] = {}  # tied weights are written once
     aliases: dict[str, str] = {}
     layouts: dict[Any, list[str]] = {}
     for name, part in shards.items():
@@ -200,6 +200,7 @@ def plan(shards: Mapping[str, LocalShard], own: Mapping[str, Tensor]) -> WritePl
     for names in layouts.values():
         like = shards[names[0]]
         kinds = {name: Kind.of(shards[name].local, shards[name].shape, name) for name in names}
+        # All ranks compute this, and must get the same: it depends on names and sizes only.
         for replica, tensors in enumerate(_spread(kinds, like.cells, like.replicas)):
             if tensors and replica == like.replica:
                 written[len(groups)] = like.cell

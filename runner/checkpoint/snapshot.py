@@ -104,7 +104,7 @@ def assemble(commit: CommitId, snapshot: Snapshot, plan: WritePlan, ranks: Seque
         if entries.get("tensors"):
             own.append((entries["tensors"], entries["files"][-1]))
     in_order = [files[number, cell] for number, group in enumerate(plan.groups) for cell in range(group.cells)]
-    # A list, because the format has room for tensors that are divided along several dimensions.
+    # The format calls groups shelves, and has room for tensors that are divided along several dimensions.
     cuts = [[[0, group.cells]] if group.cells > 1 else [] for group in plan.groups]
     groups = [{"cuts": each, "tensors": _kinds(group)} for each, group in zip(cuts, plan.groups, strict=True)]
     return {

@@ -1,7 +1,7 @@
 """What the runner adds to Hydra's composition: ``imports``, old names of keys, and a ``_target_`` that starts clean.
 
-Hydra offers no place for either. Its function that decides which files are merged, in which order, is wrapped here, and
-is given files without the keys that must not be merged: so ``--cfg``, sweeps and Hydra's own records show the same.
+Hydra has no hook for any of these. Its function that decides which files are merged, in which order, is wrapped here,
+and is given files without the keys that must not be merged: so ``--cfg``, sweeps and Hydra's own records show the same.
 A single run is composed once here, and not twice.
 """
 
@@ -48,7 +48,7 @@ def _mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> Any:
         return _get_mode(hydra, config_name, overrides)
 
     def load(**options: Any) -> Any:
-        del loader.load_configuration
+        del loader.load_configuration  # the method of the class again: this answers a single call
         if options["overrides"] != words:
             return loader.load_configuration(**options)
         config.hydra.mode = RunMode.RUN
@@ -153,11 +153,8 @@ def _start_clean_sets(key: str, repo: IConfigRepository, listed: DefaultsList) -
             earlier = [] if key in data else earlier
             continue
         before: dict[str, Any] = {name: value for each in earlier for name, value in _plain(each[key]).items()}
-        if _several(node) and "_target_" in before and not _takes(before["_target_"], node):
-            starts = True
-        else:
-            starts = "_target_" in node and _several(before)
-        if starts:
+        to_several = _several(node) and "_target_" in before and not _takes(before["_target_"], node)
+        if to_several or ("_target_" in node and _several(before)):
             for each in earlier:
                 del each[key]
             earlier = []
@@ -190,7 +187,7 @@ def _takes(target: Any, names: Iterable[str]) -> bool:
     """Whether a function has arguments of these names: objects with a ``_target_`` may be arguments, too."""
     try:
         parameters = signature(get_object(target)).parameters.values()
-    except Exception:  # said where the data are built
+    except Exception:  # building the data raises it again, with a better message
         return True
     return any(each.kind is each.VAR_KEYWORD or each.name in names for each in parameters)
 

@@ -144,7 +144,8 @@ def _equal(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(map(_equal, a, b))
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
-    return (bool(a == b) or (a != a and b != b)) and isinstance(a, bool) == isinstance(b, bool)
+    both_nan = a != a and b != b
+    return (bool(a == b) or both_nan) and isinstance(a, bool) == isinstance(b, bool)
 
 
 def _sorted(value: Any) -> Any:

@@ -64,7 +64,7 @@ class Channel(Communicator):
             self._store.set(name, json.dumps(value))
             return value
         value = self._read(name, 0)
-        if self._store.add(f"{name}/read", 1) == self.size - 1:
+        if self._store.add(f"{name}/read", 1) == self.size - 1:  # the last reader cleans up
             self._store.delete_key(name)
             self._store.delete_key(f"{name}/read")
         return value

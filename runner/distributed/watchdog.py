@@ -409,6 +409,7 @@ class Watchdog:
         end_process(failure.message, failure.status, self.last_words, who=f"rank {self._world.rank}")
 
     def _look_at_next(self) -> None:
+        """Take over a failure that another process stored; else report the next rank if it died or is silent."""
         with self._lock:
             if self.failure is None and self._store.check([_FAILURE]):
                 self.failure = Failure(**json.loads(self._store.get(_FAILURE)))
@@ -437,6 +438,7 @@ class Watchdog:
             return  # a rank that never came is reported by its neighbour
         beats = dict(enumerate(map(_parse_beat, self._store.multi_get(names))))
         does = {rank: beat.threads[beat.thread][0] for rank, beat in beats.items()}
+        # Those that wait for others are not to blame, unless all do.
         busy = {rank: beat for rank, beat in beats.items() if does[rank] != "waits" and not self._has_left(rank)}
         late = busy or beats
         bound, key = self._timeout, _TIMEOUT

@@ -21,7 +21,6 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -371,7 +370,8 @@ def claim(location: Location, facts: dict[str, Any], *, above: int = 0, steal: b
     sees a live attempt, so one process wins.
     """
     dead: set[ClaimName] = set()
-    for number in count():
+    pause = _PAUSE_SECONDS
+    while True:
         signals.raise_if_received("during start-up, nothing to commit")
         before = names(location)
         if not steal and (record := live(location, before, dead=dead)):
@@ -380,8 +380,8 @@ def claim(location: Location, facts: dict[str, Any], *, above: int = 0, steal: b
         if attempt is not None:
             return attempt
         # At random, so that processes that have disturbed each other do not meet again.
-        time.sleep(_RANDOM.uniform(0, min(_PAUSE_SECONDS * 2 ** min(number, 16), location.beat_seconds)))
-    raise AssertionError("unreachable")
+        time.sleep(_RANDOM.uniform(0, min(pause, location.beat_seconds)))
+        pause = min(2 * pause, location.beat_seconds)
 
 
 def raise_if_live(location: Location) -> None:

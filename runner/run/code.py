@@ -117,11 +117,12 @@ def is_installed(file: str) -> bool:
 def _is_library(name: str) -> bool:
     folder = Path(name).resolve()
     libraries = Path(sysconfig.get_path("stdlib")), Path(__file__).parents[1]  # python's and the runner
-    if _PACKAGED.search(f"{name}{os.sep}{folder}{os.sep}") or any(
-        folder.is_relative_to(each.resolve()) for each in libraries
-    ):
+    # By the path, and by what it links to: a virtual environment may be made of links.
+    if _PACKAGED.search(f"{name}{os.sep}{folder}{os.sep}"):
         return True
-    return any(_has_distributions(each) for each in (folder, *folder.parents))
+    if any(folder.is_relative_to(each.resolve()) for each in libraries):
+        return True
+    return any(_has_distributions(each) for each in (folder, *folder.parents))  # of pip install --target
 
 
 @functools.cache
@@ -195,7 +196,7 @@ def _git(top: str, files: list[str], seconds: float) -> tuple[str, str]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
+        start_new_session=True,  # a group of its own, so that the kill below ends git, too, and not only the shell
     )
     try:
         output, _ = process.communicate(timeout=seconds)

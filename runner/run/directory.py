@@ -150,14 +150,14 @@ class RunDirectory:
         accepted = newest.claim.get("accepted") if newest else None
         return self._sections(accepted, f"{newest.name}.json") if newest and accepted else self.configuration()
 
-    def settle(self) -> None:
+    def sync_parents(self) -> None:
         """Make the folder of the run and its parents durable; Hydra may have created them without a sync."""
         if isinstance(self.location, LocalLocation):
             self.location.sync_parents()
 
-    def sweep(self) -> None:
+    def remove_leftovers(self) -> None:
         """Remove temporary files of processes that were killed while they wrote."""
-        for folder in ("", *FOLDERS[:-1]):
+        for folder in ("", *FOLDERS[:-1]):  # .hydra is Hydra's own
             self.location.remove_leftovers(folder)
 
     def result(self, identity: dict[str, Any]) -> dict[str, Any] | None:

@@ -28,13 +28,8 @@ log = logging.getLogger("runner")
 # What Hydra, its launchers and its sweepers write in a run directory, following any link.
 _HYDRA_FILES = [".hydra", ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", ".submitit"]
 _HYDRA_FILES += ["multirun.yaml", "optimization_results.yaml", "optuna.sqlite3"]
-_ORDER = {
-    "seed",
-    "data.shuffle",
-    "data.tail",
-    "data.randomness",
-    "data.max_tokens",
-}  # keys that decide the order of samples
+# Keys that decide the order of samples.
+_ORDER = {"seed", "data.shuffle", "data.tail", "data.randomness", "data.max_tokens"}
 
 
 @dataclass(frozen=True, slots=True)

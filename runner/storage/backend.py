@@ -55,9 +55,8 @@ STORES = (
     StoreKind(("s3", "s3a"), "s3", atomic=True, bucket=True, options=_S3, credentials=_OF_S3),
     StoreKind(("gs", "gcs"), "gcs", atomic=True, bucket=True, credentials=_OF_GCS),
     StoreKind(("az", "abfs", "abfss"), "azure", atomic=True, bucket=True, credentials=_OF_AZURE),
-    StoreKind(
-        ("sftp", "ssh"), "sftp", credentials=_OF_SFTP
-    ),  # posix-rename is atomic; but nothing makes the server sync its disk
+    # Its posix-rename is atomic; but nothing makes the server sync its disk.
+    StoreKind(("sftp", "ssh"), "sftp", credentials=_OF_SFTP),
     StoreKind(("memory",), atomic=True),
 )
 
@@ -135,7 +134,7 @@ class Backend:
             if number:
                 time.sleep(BACKOFF * 2**number * _jitter.uniform(0.5, 1.0))
             try:
-                return self._try(name if verb == "write" else None, operation, seconds)
+                return self._try(name if verb == "write" else "", operation, seconds)
             except StorageError:
                 raise
             except (Exception, asyncio.CancelledError) as error:
@@ -155,8 +154,9 @@ class Backend:
                 pass  # a user of the objects need not have the right to ask about the bucket
             self._bucket = None
 
-    def _try(self, target: str | None, operation: Callable[[Any], T], seconds: float) -> T:
-        earlier = self._abandoned.get(target or "")
+    def _try(self, target: str, operation: Callable[[Any], T], seconds: float) -> T:
+        # A try that ran out of time may still write, and would then overwrite what this one writes.
+        earlier = self._abandoned.get(target)
         if earlier and not wait([earlier], seconds).done:
             raise TimeoutError(f"an earlier try to write it has not ended in {seconds:.0f} s")
         systems: list[Any] = []  # the file system in use, until this gives it up
@@ -169,6 +169,7 @@ class Backend:
             except BaseException:
                 self._discard(system)
                 raise
+            # No ``systems``: the deadline passed, and the connection has been discarded.
             if systems and not any(other is system for other in self._idle):
                 self._idle.append(system)
             return result

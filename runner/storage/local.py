@@ -113,7 +113,7 @@ class LocalLocation:
             os.unlink(self._path(name))
 
     def remove_leftovers(self, folder: str) -> None:
-        with self._errors("sweep", folder), contextlib.suppress(FileNotFoundError):
+        with self._errors("clean", folder), contextlib.suppress(FileNotFoundError):
             for path in (self._path(folder) if folder else self.path).glob(f"*{TEMPORARY}*"):
                 status = path.lstat()
                 if time.time() - status.st_mtime > LEFTOVER_SECONDS and not stat.S_ISDIR(status.st_mode):

@@ -109,7 +109,7 @@ class RemoteLocation:
             with contextlib.suppress(Exception):  # a writer need not have the right to list uploads
                 _abort(system, f"{path}/")
 
-        self._backend.run("sweep", folder, abort if self._backend.kind.atomic else remove_old)
+        self._backend.run("clean", folder, abort if self._backend.kind.atomic else remove_old)
 
     @property
     def lock_domain(self) -> str:

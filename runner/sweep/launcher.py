@@ -161,7 +161,7 @@ class SweepLauncher(Launcher):
                     time.sleep(_POLL_SECONDS)
             else:
                 break
-            statuses |= self._survey({job: specs[job] for job in running})
+            statuses |= self._survey({job: specs[job] for job in running})  # other processes may have finished them
         self._report.statuses |= statuses
         return [_job_return(job, statuses[first_of[job]]) for job in jobs]
 

@@ -128,7 +128,7 @@ def _replace_clocks() -> None:
     attributes = gc.get_referents(datetime.datetime.__dict__)[0]
     attributes |= {"now": classmethod(_datetime_now), "utcnow": classmethod(_datetime_utcnow)}
     ctypes.pythonapi.PyType_Modified(ctypes.py_object(datetime.datetime))
-    np.__class__ = _NumpyModule
+    np.__class__ = _NumpyModule  # a property asks who reads it: libraries must keep the true type
 
 
 def _clock(clock: Callable[..., Any], unit: int, *, of_day: bool | None = None) -> Callable[..., Any]:

@@ -89,7 +89,7 @@ class Investigation:
         """The cause if runs differ although none is killed. Others are then compared with a run of the same length."""
         again = self.run()
         if difference := self.differs("undisturbed, a second time", again):
-            if self._equal("the same again", 2, again):
+            if self._equal("the same again", 2, again):  # only the first run of all differs
                 whole = self.run(steps=self._plan.limit)
                 if self.differs("undisturbed, with as many steps as the killed run", whole):
                     if self._equal("the same with fewer steps", 1, whole, steps=self._until):
@@ -146,6 +146,7 @@ class Investigation:
             if first.failure:
                 self._note(f"undisturbed twice, {name} held constant", "does not run")
                 continue
+            # Chance may make two runs equal: a cause is named only if runs differ again once its pin is taken away.
             equal = not self.differs(f"undisturbed twice, {name} held constant", second, first)
             if equal and not self.differs("the same once more", self.run(*overrides, pins=pins), first):
                 varies = not self._equal("undisturbed again, nothing held constant", 2)
@@ -295,6 +296,7 @@ class _Trial:
             single = paths[:_CHUNKS] if len(paths) > 1 else []  # a value may have broken the process
             return next(([path] for path in single if path in self.tested and self._equal([path])), [])
         size = len(paths) // 2
+        # Delta debugging: leave out halves, then quarters, and so on; each trial is a run, so chunks stay few.
         while size and len(paths) <= _CHUNKS * size:
             chunks = [paths[first : first + size] for first in range(0, len(paths), size)]
             rests = ([path for path in paths if path not in chunk] for chunk in reversed(chunks))

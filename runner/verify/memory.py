@@ -38,7 +38,6 @@ NOT_PERSISTENT = " (a buffer, persistent=False)"
 HOOKS = "_hooks["
 PROCESS = "process: "
 
-
 _DEPTH = 8  # attributes and items from an object of the experiment; deeper values are digested together
 _FEW = 16  # items of a container that is entered item by item; larger containers are digested
 _BUDGET = 300_000  # values that are looked at in one moment
@@ -149,7 +148,7 @@ class _Walk:
     def _shared(self) -> None:
         """Values in the user's classes and modules, and functions that the user exchanged in a library."""
         done: set[str] = set()
-        while self._kinds:
+        while self._kinds:  # looking at a class meets objects of further classes
             _, (root, kind) = self._kinds.popitem()
             users = [base for base in mro(kind) if is_users(module_name(base))]
             for base in mro(kind)[:-1]:
@@ -209,7 +208,7 @@ class _Walk:
                 words, inside = self._look(root, path, child.value, depth)
             except Exception as error:
                 words = f"{UNSEEN} ({type_name(type(error))})"
-            if child.kind == "saved":
+            if child.kind == "saved":  # in the state_dict; hooks and the like inside it are memory all the same
                 words = None
             self._add(path, child.value, words, holder, child.kind, child.key)
             stack += [(f"{path}{each.path}", each, path, depth + 1) for each in reversed(inside)]
@@ -258,6 +257,7 @@ class _Walk:
                 yield Value(f".{name}", inner, "_modules", name)
         for name, inner in members.items():
             hooks = name.endswith("_hooks") and is_a(inner, dict) and fingerprint.length(inner)
+            # The modes of the model's modules have a label of their own, EVALUATING; others begin in training mode.
             counts = name not in _INTERNAL and not (name == "training" and (of_model or inner is True))
             if hooks or counts:
                 yield Value(f".{name}", inner, "attribute", name)
@@ -437,6 +437,7 @@ def _is_value(key: str, value: Any) -> bool:
         value = value.fget
     if type(value) is types.FunctionType:
         state = value.__closure__ or value.__defaults__ or value.__kwdefaults__ or vars(value)
+        # Under a name other than its own it was assigned, perhaps by training, in place of another function.
         return value.__code__.co_name != key or (bool(state) and is_users(value.__globals__.get("__name__")))
     no_value = (types.ModuleType, type, types.BuiltinFunctionType, *_DESCRIPTORS, types.MethodDescriptorType)
     return value is not None and not key.startswith(("__", "_abc_")) and not is_a(value, *no_value)

@@ -182,6 +182,7 @@ def prove(command: Sequence[str], options: Options, *, progress: Progress, serve
     finally:
         if not keep:
             _remove(root, requests.values(), servers)
+        # Only now, because the attempts that remove runs make these folders once more.
         for request in requests.values():
             shutil.rmtree(request.temporary, ignore_errors=True)
         if not keep:

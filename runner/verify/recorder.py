@@ -181,7 +181,7 @@ class Recorder(Observer):
         self._line["gradients"] = {name: of_value(gradient) for name, gradient in gradients.items()}
 
     def on_update(self, loop: Loop) -> None:
-        loop.elapsed += controls.step_seconds
+        loop.elapsed += controls.step_seconds  # as the user's clocks, which are ahead, show it
         self._line |= {
             "step": loop.step,
             "took": time.monotonic() - self._since,

@@ -32,12 +32,8 @@ _MAKING = ("__init__", "state_dict", "load_state_dict", "get_extra_state", "set_
 _FOLDER = "the order of the folder"
 _EVENTS = {"asked": "", "open": "the file", "os.remove": "the file", "os.rename": "the file"}
 _EVENTS |= {"os.listdir": _FOLDER, "os.scandir": _FOLDER, "glob.glob": _FOLDER, "sqlite3.connect": "the database"}
-_EVENTS |= {
-    "subprocess.Popen": "the process",
-    "os.system": "the process",
-    "socket.connect": "the address",
-    "os.fork": "a process",
-}
+_EVENTS |= {"subprocess.Popen": "the process", "os.system": "the process", "os.fork": "a process"}
+_EVENTS |= {"socket.connect": "the address"}
 # What the user's code asks by calls of functions of which no audit event tells.
 _ASKED = {
     "the host name": ("socket.gethostname", "os.uname", "platform.node"),
@@ -52,15 +48,8 @@ _ASKED = {
 _TIMES = "the times of a file", [f"st_{letter}time{unit}" for letter in "amc" for unit in ("", "_ns")]
 _VARIABLES = re.compile("SLURM_(?!RESTART)|PBS|LSB_|SGE_|SSH_|JOB|HOST|NODE")  # others belong to the command
 # What no proof of a minute on one machine can change.
-_UNTRIED = (
-    *_ASKED,
-    _TIMES[0],
-    "the environment variable",
-    "the file /proc/",
-    "the file /sys/",
-    "the state in the file",
-)
-_UNTRIED += ("the process", "a process", "the address", "the database")
+_UNTRIED = (*_ASKED, _TIMES[0], "the environment variable", "the file /proc/", "the file /sys/")
+_UNTRIED += ("the state in the file", "the process", "a process", "the address", "the database")
 _PATHS = ("", "os", "posixpath", "genericpath", "pathlib", "glob", "fnmatch", "platform", "uuid", "collections")
 _DIRECT = ("asked", "os.listdir", "os.scandir", "glob.glob")
 _VOLATILE = ("/proc/", "/sys/", "/dev/")
@@ -210,7 +199,7 @@ class OutsideAccess:
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event not in _EVENTS or self._busy:
             return
-        self._busy = True
+        self._busy = True  # what follows raises audit events of its own
         if event == "open" and {*str(arguments[1])} & {*"r+"} and not str(arguments[0]).startswith(_VOLATILE):
             self._read.add(f"the file {arguments[0]}")
         try:

@@ -119,7 +119,7 @@ class _Pickler(pickle.Pickler):
 
     def __init__(self, stream: io.BytesIO, values: Mapping[str, Value], path: str) -> None:
         super().__init__(stream)
-        inside = tuple(f"{path}{separator}" for separator in (".", "[", " ("))
+        inside = tuple(f"{path}{separator}" for separator in (".", "[", " ("))  # is copied, as a part of the value
         objects = [each for each in values.values() if each.words is None or is_a(each.value, torch.Tensor)]
         first = {id(each.value): each.path for each in reversed(objects)}
         self._paths = {key: name for key, name in first.items() if name != path and not name.startswith(inside)}
@@ -182,7 +182,7 @@ def _table(holder: Any, kind: str) -> Any:
 
 
 def _store(table: Any, key: Any, value: Any) -> None:
-    base = fingerprint.base_of(table, OrderedDict, dict, list)
+    base = fingerprint.base_of(table, OrderedDict, dict, list)  # a user's class may override these methods
     old = list.__getitem__(table, key) if base is list else dict.get(table, key)
     if not _transfer(old, value):
         base.__setitem__(table, key, value)
