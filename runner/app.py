@@ -141,7 +141,8 @@ def main(config: DictConfig) -> float | None:
 
 def _escaped(record: logging.LogRecord) -> bool:
     """Escape our own lines, which may quote a run directory; lines of a user's code may have colours."""
-    record.msg, record.args = printable(record.getMessage()), None
+    with suppress(TypeError, ValueError):  # a user's arguments do not fit the message, which logging reports
+        record.msg, record.args = printable(record.getMessage()), None
     return True
 
 

@@ -55,7 +55,7 @@ def using(name: str) -> str:
         ),
         ((using("Hidden"),), ["sample 0 of Hidden", "drawn again", "np.random.default_rng()", "runtime.audit=false"]),
         (("data.validation._target_=mine.data.Hidden",), ["of Hidden", "drawn again with the same seed"]),
-        ((using("Counter"),), ["of Counter", "a counter or cache that changes from call to call"]),
+        ((using("Counter"),), ["of Counter", "a counter, cache or buffer that changes from call to call"]),
         (
             (using("ByProcess"), "runtime.num_workers=1"),
             ["of ByProcess", "is different in a data worker than in this process", "the pid"],

@@ -1,5 +1,6 @@
 """Printed commands work when they are pasted into a shell."""
 
+import logging
 import os
 import re
 import shlex
@@ -12,6 +13,7 @@ import pytest
 from lives import Ended, Lives
 from marks import slow
 
+from runner import app
 from runner.runs.__main__ import main
 
 COMMAND = ("experiment=smoke", "trainer.evaluate_every_steps=null", "objective.metric=null", "runtime.audit=false")
@@ -74,3 +76,9 @@ def test_a_parent_is_given_as_it_is_shown(life: Lives, tmp_path: Path, capsys: p
     assert (both.status, "\n2 done\n" in both.output) == (0, True), both.output
     assert main(["show", str(tmp_path / f"smoke/c{len(str(parent))}")]) == 0
     assert f"everything of step 2 of {parent}\n" in capsys.readouterr().out
+
+
+def test_a_message_without_its_arguments_ends_no_run() -> None:
+    """Logging reports it and goes on."""
+    record = logging.LogRecord("runner", logging.INFO, __file__, 1, "%s of %d", ("one",), None)
+    assert app._escaped(record)

@@ -94,6 +94,26 @@ def test_draws_that_no_seed_reaches_are_refused(kind: str, randomness: str) -> N
         probe.require_pure(fetcher(OWN[kind](), randomness=randomness))
 
 
+class Remembers:
+    """Transforms a sample when it is read first, or opens a file then."""
+
+    def __init__(self, samples: bool) -> None:
+        self.samples, self.rows = samples, dict[int, float]()
+
+    def __call__(self, index: int) -> float:
+        key = index if self.samples else 0
+        if key not in self.rows:
+            self.rows[key] = random.random()
+        return self.rows[key] if self.samples else index
+
+
+@pytest.mark.parametrize("randomness", ["sample", "batch", "off"])
+def test_samples_that_are_drawn_once_and_remembered_are_refused(randomness: str) -> None:
+    with pytest.raises(DataError, match=r"^sample 0 of Made draws random numbers when it is read first, and is remem"):
+        probe.require_pure(fetcher(Remembers(True), randomness=randomness))
+    assert len(probe.require_pure(fetcher(Remembers(False), randomness=randomness))) == 4
+
+
 GLOBAL: dict[str, Callable[[int], Any]] = {
     "python": lambda index: random.random(),
     "numpy": lambda index: np.random.rand(3),

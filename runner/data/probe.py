@@ -69,7 +69,8 @@ def _findings(fetcher: Fetcher, *, audit: bool) -> Findings | RunnerError:
     """The findings, or the error as a value: torch changes the message of an error that a worker raises."""
     worker._worker_info = None  # this process stands for the training process
     try:
-        description, digests = sketch(fetcher), require_pure(fetcher) if audit else None
+        digests = require_pure(fetcher) if audit else None
+        description = sketch(fetcher)
         if fetcher.plan.randomness != "off" and not fetcher.generators:
             others = sample_digests(fetcher, label="another")
             if others != (digests or sample_digests(fetcher)):  # a sample reads a state, or draws and restores it
@@ -91,10 +92,12 @@ def _can_read_by_batch(fetcher: Fetcher) -> bool:
     return False
 
 
-def sample_digests(fetcher: Fetcher, *, backwards: bool = False, label: str = "probe") -> list[str]:
-    """A digest of each probed sample, read with a seed for ``label``, or of its error."""
+def sample_digests(
+    fetcher: Fetcher, *, backwards: bool = False, label: str = "probe", drawn: list[bool] | None = None
+) -> list[str]:
+    """A digest of each probed sample, read with a seed for ``label``, or of its error. ``drawn``: which draw."""
     step = -1 if backwards else 1
-    rows = _rows(fetcher, probe_indices(len(fetcher.samples))[::step], label=label)
+    rows = _rows(fetcher, probe_indices(len(fetcher.samples))[::step], label=label, drawn=drawn)
     return [*map(content_digest, rows)][::step]
 
 
@@ -127,8 +130,11 @@ def differences(then: Sketch, now: Sketch) -> list[str]:
 
 def require_pure(fetcher: Fetcher) -> list[str]:
     """The digests of the probed samples. Raises DataError if a sample differs when it is drawn again."""
-    digests = sample_digests(fetcher)
-    require_equal(fetcher, digests, sample_digests(fetcher, backwards=True), "sample-changed")
+    first, again = list[bool](), list[bool]()
+    digests = sample_digests(fetcher, drawn=first)
+    require_equal(fetcher, digests, sample_digests(fetcher, backwards=True, drawn=again), "sample-changed")
+    if sum(first) > 1 and not any(again):  # a single draw may be that of a file that is opened at the first read
+        require_equal(fetcher, digests, [""] * len(digests), "sample-remembered")
     if fetcher.plan.randomness == "off":
         require_equal(fetcher, digests, sample_digests(fetcher, label="another"), "randomness-off")
     return digests
@@ -138,9 +144,13 @@ _IMPURE = {
     "sample-changed": (
         "is different when it is drawn again with the same seed, so a resumed run would train on other data. It "
         "depends on something that the runner does not control: a generator of its own (np.random.default_rng(), "
-        "random.Random(), torch.Generator()), a counter or cache that changes from call to call, the clock. Draw from "
-        "python's, numpy's or torch's global generators, which are seeded for every sample, or make it depend on the "
-        "index alone"
+        "random.Random(), torch.Generator()), a counter, cache or buffer that changes from call to call, the clock. "
+        "Draw from python's, numpy's or torch's global generators, which are seeded for every sample, or make it "
+        "depend on the index alone"
+    ),
+    "sample-remembered": (
+        "draws random numbers when it is read first, and is remembered from then on, so a resumed run would draw "
+        "others. Remember what was read, and draw anew in every call"
     ),
     "randomness-off": (
         "draws random numbers, and data.randomness=off seeds none, so a resumed run would draw others. Use "
@@ -186,7 +196,9 @@ class _ReadError(str):
     """The type of an error, in place of the sample. Not the message, which may contain addresses."""
 
 
-def _rows(fetcher: Fetcher, indices: Sequence[int], *, label: str = "probe") -> list[Any]:
+def _rows(
+    fetcher: Fetcher, indices: Sequence[int], *, label: str = "probe", drawn: list[bool] | None = None
+) -> list[Any]:
     """The samples. Adds the generators that they draw from to those of the fetcher."""
     rows: list[Any] = []
     seeded: dict[str, Any] = {}
@@ -201,7 +213,10 @@ def _rows(fetcher: Fetcher, indices: Sequence[int], *, label: str = "probe") -> 
                 rows.append(fetcher.sample(index, derive(label, fetcher.plan.seed, index), seed))
             except Exception as error:  # training will report it, if it gets there
                 rows.append(_ReadError(type(error).__qualname__))
-            fetcher.generators |= changed_generators(seeded)
+            changed = changed_generators(seeded)
+            fetcher.generators |= changed
+            if drawn is not None:
+                drawn.append(bool(changed))
     return rows
 
 
