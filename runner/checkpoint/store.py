@@ -71,6 +71,7 @@ class Retention:
             first_of_step = self.is_milestone(step) and not commit.damaged and step not in pinned
             if first_of_step:
                 pinned.add(step)
+            # Commits that are not verified are kept and not counted: all of them may turn out to be damaged.
             if verified < max(self.last, LEAST_KEPT):
                 reasons[commit.id] = "damaged, too few good ones are newer" if commit.damaged else "newest"
                 verified += commit.verified and not commit.damaged

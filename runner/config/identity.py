@@ -71,7 +71,7 @@ def variant(overrides: Sequence[str]) -> str:
     safe = _UNSAFE.sub("_", full)
     if safe == full and len(safe) <= _LONGEST:
         return safe
-    return f"{safe[: _LONGEST - 9]}~{value_digest(full)}"
+    return f"{safe[: _LONGEST - 9]}~{value_digest(full)}"  # 9: the mark and eight digits
 
 
 def quote_run_names(words: Sequence[str]) -> list[str]:

@@ -380,6 +380,7 @@ def _env(variable: str, default: Any = _NO_DEFAULT, *, _node_: Node) -> str | No
             raise KeyError(f"Environment variable '{variable}' not found")
         return None if default is None else str(default)
     value, key = os.environ[variable], str(_node_._get_full_key(None))
+    # Hidden in all messages: a text of three letters would be hidden in the middle of words, too.
     named = names_a_secret(variable) or names_a_secret(key)
     if (named and len(value) >= 4) or (may_be_secret(value) and not _SHOWN.match(key)):
         hide_secret(value)

@@ -255,8 +255,9 @@ def process_team(world: World, rendezvous: Rendezvous, *, timeout: float, patien
         failure = team.fail(error)
         if failure.printed and failure.rank == world.rank:
             raise
-        message = "" if failure.printed or world.rank != (failure.rank == 0) else failure.message
-        raise PeerFailed(message, failure.status) from None
+        # A single rank prints the reason, and not the rank at fault, which may be gone.
+        prints = not failure.printed and world.rank == (1 if failure.rank == 0 else 0)
+        raise PeerFailed(failure.message if prints else "", failure.status) from None
     team.leave()
 
 

@@ -125,6 +125,7 @@ def weight_files(path: str) -> list[Path]:
             names = sorted({*json.loads(index.read_text())["weight_map"].values()})
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ConfigError(f"run.parent: {index} cannot be read: {error!r}") from error
+        # A name with a folder in it could lead to any file of this machine.
         if missing := [name for name in names if Path(name).name != name or not (folder / name).is_file()]:
             raise ConfigError(f"run.parent: {index} names {missing[0]}, which is not beside it")
         return [folder / name for name in names]

@@ -172,6 +172,7 @@ def _shard(item: Any, key: str, folder: str) -> Shard:
     firsts = _increasing(starts.get("records"), f"{key}.starts.records", records)
     offsets = _increasing(starts.get("bytes"), f"{key}.starts.bytes", size)
     _expect(len(firsts) == len(offsets), f"{key}.starts", "as many records as bytes", f"{len(firsts)}, {len(offsets)}")
+    # A shard without records has no blocks, and in any other the first block begins with record 0.
     _expect(firsts[:1].tolist() == [0][:records], f"{key}.starts.records", "0 first", firsts[:1].tolist())
     absolute = "://" in name or name.startswith("/")
     return Shard(name if absolute else f"{folder}/{name}", size, mark, records, np.stack([firsts, offsets]))

@@ -166,6 +166,7 @@ class LocalLocation:
         path = self._path(name)
         if path.parent in self._synced and path.parent.is_dir():
             return path
+        # Of a run that somebody removed or moved, a write would make a folder again with little in it.
         if missing := [folder for folder in [*self._synced] if not folder.is_dir()]:
             raise FileNotFoundError(errno.ENOENT, f"{min(missing)} was there and is gone; it is not made again")
         unsure = [folder for folder in path.parents if self.path in folder.parents or not folder.is_dir()]

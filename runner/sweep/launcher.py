@@ -167,7 +167,7 @@ class SweepLauncher(Launcher):
 
     def _deduplicate(self, jobs: Sequence[Overrides], specs: Specs) -> dict[Overrides, Overrides]:
         """For each job the first job of the same run. Both must compute the same, since they get one result."""
-        first: dict[str, Overrides] = {}
+        first: dict[str, Overrides] = {}  # in this call, which has no results of earlier calls
         representatives = {job: job for job in jobs}
         for job in jobs:
             spec = specs[job]

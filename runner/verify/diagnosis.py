@@ -168,6 +168,7 @@ class Investigation:
 
     def _with_resume(self, run: RunTrace, difference: FirstDifference) -> Cause:
         """The cause of the difference after a single kill and resume, with one thing after another left out."""
+        # The step that the attempt began with; halfway if it had loaded nothing.
         step = run.attempts[difference.attempt].first or max(1, self._until // 2)
         reproduced = self._kill("killed once and resumed", Kill("step", step + 1), step)
         if reproduced is None:

@@ -65,6 +65,7 @@ def first_difference(run: RunTrace, undisturbed: RunTrace, *, until: int | None 
     changing = changes(undisturbed)
     for attempt, event in run.compared():
         step, restored = event["step"], event["event"] == "resumed"
+        # No step has number 0: an attempt from the beginning is compared with the undisturbed run's beginning.
         expected = start if restored and step == 0 else steps.get(step)
         if expected is None or event.get("cut") or (until is not None and step > until):
             continue
@@ -157,6 +158,7 @@ def suspects(difference: FirstDifference, resumed: Event) -> dict[str, list[Reme
         prefixes = _prefixes(entry[0])
         path = next((prefix for prefix in prefixes[1:] if prefix not in present), prefixes[-1])
         groups.setdefault(path, []).append(entry)
+    # A value inside another is put into the process with it.
     inner = [path for path in groups if any(each != path and each in groups for each in _prefixes(path))]
     for path in inner:
         outer = next(each for each in _prefixes(path) if each in groups)
