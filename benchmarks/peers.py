@@ -210,11 +210,7 @@ def lightning(folder: str, gate: Gate) -> None:
         max_epochs=-1,
         logger=TensorBoardLogger(folder),
         log_every_n_steps=LOG_EVERY,
-        callbacks=[
-            ModelCheckpoint(folder, every_n_train_steps=SAVE_EVERY),
-            LearningRateMonitor("step"),
-            Gated(),
-        ],
+        callbacks=[ModelCheckpoint(folder, every_n_train_steps=SAVE_EVERY), LearningRateMonitor("step"), Gated()],
         enable_progress_bar=False,
         enable_model_summary=False,
     )

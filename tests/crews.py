@@ -33,12 +33,7 @@ class Crews:
         self._life = life
 
     def __call__(
-        self,
-        size: int,
-        *arguments: str,
-        cwd: Path | None = None,
-        to: Sequence[int] | None = None,
-        **mines: Any,
+        self, size: int, *arguments: str, cwd: Path | None = None, to: Sequence[int] | None = None, **mines: Any
     ) -> Ended:
         """One life of ``size`` ranks. The ``mines`` are those of ``lives``, for the ranks ``to`` (default all), but
         ``step`` and ``hang`` for rank ``to[0]`` alone. A stopped rank is killed when the others have ended.

@@ -124,11 +124,7 @@ class Lives:
         return self.start(*arguments, **options).wait()
 
     def start(
-        self,
-        *arguments: str,
-        cwd: Path | None = None,
-        environment: Mapping[str, str] | None = None,
-        **mines: Any,
+        self, *arguments: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None, **mines: Any
     ) -> Life:
         """Begin a life without waiting for its end, which ``mines`` may bring: the fields of ``Mines``.
 

@@ -6,9 +6,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from runner.checkpoint.encoding import encode
 from runner.checkpoint.manifest import commits
 from runner.checkpoint.store import CheckpointStore
 from runner.checkpoint.tensor_file import bytes_of
+from runner.rng import Generators
 from runner.storage.local import LocalLocation
 
 
@@ -50,3 +52,14 @@ def metric_lines(folder: Path) -> list[dict[str, Any]]:
     text = "".join(path.read_text() for path in sorted((folder / "metrics").glob("*.jsonl")))
     lines = [json.loads(line) for line in text.splitlines()]
     return [{tag: value for tag, value in line.items() if not tag.startswith("time/")} for line in lines]
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    """Step and loss of each line of metrics that has a loss."""
+    return [(line["step"], line["train/loss"]) for line in metric_lines(folder) if "train/loss" in line]
+
+
+def generator_bits() -> str:
+    """Every bit of every global generator."""
+    value, tensors = encode(Generators().state_dict(), "")
+    return json.dumps([value, {name: tensor.tolist() for name, tensor in tensors.items()}])

@@ -43,10 +43,7 @@ DOORS = {
 
 
 # Names of modules that stand in several packages, and why.
-SHARED_MODULE_NAMES = {
-    "__init__": "Python's name for a package",
-    "__main__": "Python's name for what python -m runs",
-}
+SHARED_MODULE_NAMES = {"__init__": "Python's name for a package", "__main__": "Python's name for what python -m runs"}
 # Names of classes that stand in several modules, and why.
 SHARED_CLASS_NAMES: dict[str, str] = {}
 

@@ -122,11 +122,7 @@ def test_commit_and_changes_of_the_repository_are_stored(life: Lives, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "how",
-    [
-        "no git",
-        *(slow(how) for how in ("no repository", "a repository without a commit", "git never answers")),
-    ],
+    "how", ["no git", *(slow(how) for how in ("no repository", "a repository without a commit", "git never answers"))]
 )
 def test_without_git_a_run_goes_on(how: str, life: Lives, tmp_path: Path) -> None:
     program(tmp_path)

@@ -87,11 +87,7 @@ FILES = {
         ("chosen", (), ADAMW),
         ("child", (), {"momentum": 0.5, "lr": 0.5}),
         ("target", (), {"lr": 0.5}),
-        (
-            "several",
-            (),
-            {"one": {"_target_": "torch.optim.SGD", "lr": 1}, "two": {"_target_": "torch.optim.Adam"}},
-        ),
+        ("several", (), {"one": {"_target_": "torch.optim.SGD", "lr": 1}, "two": {"_target_": "torch.optim.Adam"}}),
     ],
 )
 def test_so_they_do_in_files(experiment: Any, name: str, overrides: tuple[str, ...], keys: Any) -> None:

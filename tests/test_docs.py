@@ -19,10 +19,7 @@ DOCS = REPOSITORY / "docs"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 NAME = re.compile(r"^# (\S+\.(?:py|yaml))$", re.MULTILINE)
 NUMBER = re.compile(r"\d+(\.\d+)?(e-\d+)?")
-PAGES = [
-    REPOSITORY / "README.md",
-    *sorted(page for page in DOCS.rglob("*.md") if "```sh\n" in page.read_text()),
-]
+PAGES = [REPOSITORY / "README.md", *sorted(page for page in DOCS.rglob("*.md") if "```sh\n" in page.read_text())]
 
 
 @pytest.mark.slow

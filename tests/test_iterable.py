@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from marks import slow
+from results import generator_bits
 from torch.utils.data import IterableDataset, get_worker_info
 
 from runner.checkpoint.encoding import decode, encode
 from runner.data.iterable import BatchOptions, IterableStream
 from runner.data.loader import LoaderOptions
 from runner.errors import DataError
-from runner.rng import Generators
 
 N, BATCH, PASSES = 10, 4, 3
 CPU = torch.device("cpu")
@@ -184,12 +184,6 @@ def numbers(steps: list[Step]) -> list[int]:
     return [int.from_bytes(line[:8], "little") for rows, *_ in steps for line in rows]
 
 
-def generators() -> str:
-    """Every bit of every global generator."""
-    value, tensors = encode(Generators().state_dict(), "")
-    return json.dumps([value, {name: tensor.tolist() for name, tensor in tensors.items()}])
-
-
 def noisy(rows: list[Any]) -> list[torch.Tensor]:
     """A collate function that draws."""
     return [torch.stack([torch.as_tensor(row[0]) for row in rows]), torch.randn(len(rows))]
@@ -289,9 +283,9 @@ def test_the_digest_depends_on_the_contents_of_batches() -> None:
 def test_streams_leave_the_global_generators_alone(workers: int) -> None:
     for draw in (random.random, np.random.standard_normal, lambda: torch.randn(1)):
         draw()  # so that they do not stand where the last stream left them
-    before = generators()
+    before = generator_bits()
     uninterrupted(OnIterator, workers)
-    assert generators() == before
+    assert generator_bits() == before
 
 
 def test_another_number_of_workers_is_refused_with_remedy() -> None:

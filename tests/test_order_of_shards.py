@@ -10,17 +10,7 @@ import pytest
 
 from runner.data.order import Indices, Interleaving, WindowOrder
 
-LAYOUTS = [
-    (1,),
-    (0, 1, 0),
-    (3, 0, 5, 1),
-    (0, 0, 17),
-    (1,) * 30,
-    (10, 20, 30, 7),
-    (100,),
-    (99, 1),
-    (64, 0, 64),
-]
+LAYOUTS = [(1,), (0, 1, 0), (3, 0, 5, 1), (0, 0, 17), (1,) * 30, (10, 20, 30, 7), (100,), (99, 1), (64, 0, 64)]
 STREAMS = [
     Interleaving(1, 1, 1),
     Interleaving(1, 8, 3),

@@ -98,10 +98,7 @@ def test_weights_of_another_head_are_left_out(life: Lives, tmp_path: Path) -> No
     assert (ended.status, "not used, of the parent: extra.bias [3]\n" in ended.output) == (0, True), ended.output
 
 
-@pytest.mark.parametrize(
-    ("dtype", "kind"),
-    [(torch.int32, "integers"), slow(torch.complex64, "complex")],
-)
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.int32, "integers"), slow(torch.complex64, "complex")])
 def test_numbers_of_another_kind_are_not_converted(dtype: torch.dtype, kind: str, life: Lives, tmp_path: Path) -> None:
     name = "layers.4.bias"
     save_file({**weights(), name: weights()[name].to(dtype)}, tmp_path / "w.safetensors")
@@ -124,12 +121,7 @@ def test_integers_are_not_converted_to_complex_numbers(life: Lives, tmp_path: Pa
 
 def test_a_weight_that_is_used_twice_may_be_saved_once(life: Lives, tmp_path: Path) -> None:
     """As save_pretrained does with tied embeddings."""
-    small = (
-        "model.layers=1",
-        "model.width=16",
-        "data.validation.limit=8",
-        "task.sample_bytes=0",
-    )
+    small = ("model.layers=1", "model.width=16", "data.validation.limit=8", "task.sample_bytes=0")
     command = ("experiment=gpt", *FEW, *small, *STILL, f"run.root={tmp_path}", "runtime.num_threads=1")
     assert life(*command, "run.name=p", "trainer.max_steps=1").status == 0
     saved = load_file(tmp_path / "gpt/p/model.safetensors")

@@ -15,15 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from results import generator_bits
 
-from runner.checkpoint.encoding import encode
 from runner.data import probe
 from runner.data.fetch import Fetcher
 from runner.data.loader import LoaderOptions
 from runner.data.plan import Plan
 from runner.data.stream import EvaluationData, MapStyleStream
 from runner.errors import DataError
-from runner.rng import Generators
 
 N = 20
 
@@ -53,12 +52,6 @@ def sketch(make: Callable[[int], Any], *, size: int = N) -> probe.Sketch:
 
 def changed(then: Callable[[int], Any], now: Callable[[int], Any]) -> list[str]:
     return probe.differences(sketch(then), probe.sketch(fetcher(now)))
-
-
-def states() -> str:
-    """Every bit of every global generator."""
-    value, tensors = encode(Generators().state_dict(), "")
-    return json.dumps([value, {name: tensor.tolist() for name, tensor in tensors.items()}])
 
 
 class Counter:
@@ -132,12 +125,12 @@ def test_global_draws_are_refused_only_where_unseeded(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", GLOBAL)
 def test_global_generators_are_left_alone(kind: str) -> None:
-    before = states()
+    before = generator_bits()
     for randomness in ("sample", "batch"):
         asked = fetcher(GLOBAL[kind], randomness=randomness)
         probe.require_pure(asked)
         probe.sketch(asked)
-    assert states() == before
+    assert generator_bits() == before
 
 
 @dataclass

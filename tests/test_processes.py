@@ -58,12 +58,7 @@ GPT = (
     f"data.train.path={os.path.dirname(json.__file__)}/*.py",
     *COMMON,
 )
-EVERYTHING = (
-    "trainer.ema_decay=0.9",
-    "trainer.accumulate=8",
-    "trainer.precision=bf16",
-    "trainer.on_nonfinite=skip",
-)
+EVERYTHING = ("trainer.ema_decay=0.9", "trainer.accumulate=8", "trainer.precision=bf16", "trainer.on_nonfinite=skip")
 DDP, FSDP = "runtime.parallel=ddp", "runtime.parallel=fsdp"
 LAYOUTS = {
     "ddp": (2, *SMOKE, DDP),

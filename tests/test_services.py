@@ -19,7 +19,7 @@ from urllib.request import urlopen
 import pytest
 from lives import Lives
 from marks import slow
-from results import metric_lines, results
+from results import losses, results
 from servers import free_ports
 from waiting import until
 
@@ -88,10 +88,6 @@ def user(tmp_path: Path) -> Path:
 
 def writer(url: str) -> str:
     return f"+metrics.writers.post={{_target_: poster.PostWriter, url: '{url}'}}"
-
-
-def losses(folder: Path) -> list[tuple[int, float]]:
-    return [(line["step"], line["train/loss"]) for line in metric_lines(folder) if "train/loss" in line]
 
 
 def record(folder: Path, name: str = "post") -> dict[str, Any]:

@@ -106,11 +106,7 @@ def test_a_manifest_of_tokens(tmp_path: Path) -> None:
 
 def test_the_fingerprint_covers_the_settings_of_samples(tmp_path: Path) -> None:
     shards(tmp_path / "x", "uint16", "bin")
-    options: list[dict[str, Any]] = [
-        {"length": 8},
-        {"length": 9},
-        {"length": 8, "separator": 0},
-    ]
+    options: list[dict[str, Any]] = [{"length": 8}, {"length": 9}, {"length": 8, "separator": 0}]
     options.append({"length": 8, "dtype": "int16"})
     assert len({Tokens(path=f"{tmp_path}/x", **each).fingerprint for each in options}) == len(options)
 

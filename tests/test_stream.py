@@ -12,16 +12,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from results import generator_bits
 from torch.utils.data import DataLoader, IterableDataset
 
-from runner.checkpoint.encoding import encode
 from runner.data.fetch import Fetcher
 from runner.data.loader import Loader, LoaderOptions
 from runner.data.plan import Plan
 from runner.data.stream import EvaluationData, MapStyleStream, to_device
 from runner.data.training_data import require_map_style
 from runner.errors import DataError
-from runner.rng import Generators
 
 N, BATCH = 10, 4
 STEPS = 8  # 32 positions: three epochs and a bit
@@ -106,12 +105,6 @@ def samples(opened: MapStyleStream, steps: int) -> list[bytes]:
 
 def indices(opened: MapStyleStream, steps: int) -> list[int]:
     return [int.from_bytes(line[:8], "little") for line in samples(opened, steps)]
-
-
-def states() -> str:
-    """Every bit of every global generator."""
-    value, tensors = encode(Generators().state_dict(), "")
-    return json.dumps([value, {name: tensor.tolist() for name, tensor in tensors.items()}])
 
 
 @pytest.fixture(scope="module")
@@ -266,9 +259,9 @@ def test_another_batch_size_is_refused_if_it_drops_others() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_streams_leave_the_global_generators_alone(workers: int) -> None:
-    before = states()
+    before = generator_bits()
     samples(stream(LoaderOptions(workers)), 3)
-    assert states() == before
+    assert generator_bits() == before
 
 
 @pytest.fixture(params=[0, 2], ids=lambda workers: f"{workers} workers")
@@ -287,11 +280,11 @@ def test_an_evaluation_sees_every_sample_once_and_in_order(evaluation: Evaluatio
 
 def test_every_evaluation_is_the_same_and_leaves_no_trace(evaluation: EvaluationData) -> None:
     """Also after one that was cut short by a signal."""
-    before = states()
+    before = generator_bits()
     first = [bits(batch) for _, batch in evaluation]
     next(iter(evaluation))
     assert [bits(batch) for _, batch in evaluation] == first
-    assert states() == before
+    assert generator_bits() == before
 
 
 def test_an_evaluation_draws_nothing_that_training_draws(uninterrupted: list[bytes]) -> None:

@@ -71,16 +71,9 @@ def test_forgotten_state_without_effect_is_noted(judge: Judge, scratch: Path) ->
 def trained(memories: Sequence[set[str]]) -> RunTrace:
     """A run of as many steps, with the paths that are remembered after each."""
     begun = {"event": "resumed", "step": 0, "memory": {}}
+    step = {"event": "step", "evaluation": {}, "took": 0.01}
     steps = [
-        {
-            "event": "step",
-            "step": n,
-            "evaluation": {},
-            "epochs": n // 7,
-            "took": 0.01,
-            "memory": dict.fromkeys(names, ""),
-        }
-        for n, names in enumerate(memories, 1)
+        step | {"step": n, "epochs": n // 7, "memory": dict.fromkeys(names, "")} for n, names in enumerate(memories, 1)
     ]
     finished = {"event": "finished", "result": {"reason": "max_steps"}, "size": 0}
     ended = [{"event": "built", "epoch": 7}, finished]

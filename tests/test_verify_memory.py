@@ -161,10 +161,7 @@ CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
     "a byte": (lambda task: task.bytes.__setitem__(0, 1), "task.bytes"),
     "an iterator": (lambda task: next(task.rows), "task.rows"),
     "dropout": (lambda task: setattr(task.net, "p", 0.1), "task.net.p"),
-    "a rate": (
-        lambda task: task.optimizer.param_groups[0].update(lr=0.5),
-        "task.optimizer.param_groups[0]['lr']",
-    ),
+    "a rate": (lambda task: task.optimizer.param_groups[0].update(lr=0.5), "task.optimizer.param_groups[0]['lr']"),
 }
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from lives import Lives
 from marks import slow
-from results import metric_lines, results
+from results import losses, results
 
 from runner.checkpoint.manifest import commits
 from runner.checkpoint.store import CheckpointStore
@@ -21,10 +21,6 @@ CSV = "+metrics.writers.csv={_target_: mine.writers.CSVWriter}"
 def table(folder: Path) -> list[tuple[int, float]]:
     with (folder / "losses.csv").open(newline="") as file:
         return [(int(step), float(loss)) for step, loss in csv.reader(file)]
-
-
-def losses(folder: Path) -> list[tuple[int, float]]:
-    return [(line["step"], line["train/loss"]) for line in metric_lines(folder) if "train/loss" in line]
 
 
 def test_a_writer_that_cuts_at_its_mark_has_every_step_once(life: Lives, tmp_path: Path) -> None:

@@ -60,11 +60,7 @@ class Arithmetic:
         return {"prompt": f"{text}=", "answer": str(sum(value))[:: -1 if self._reverse else 1]}
 
 
-def first_of_split(
-    problem: Callable[[int], dict[str, str]],
-    held_out: int,
-    validation: bool,
-) -> dict[str, str]:
+def first_of_split(problem: Callable[[int], dict[str, str]], held_out: int, validation: bool) -> dict[str, str]:
     """The first of ``problem(0)``, ``problem(1)``, ... that belongs to the split, by the hash of its prompt."""
     for number in range(_ATTEMPTS):
         drawn = problem(number)
