@@ -273,7 +273,7 @@ class Attempt:
             self._changed.wait_for(lambda: self._answer >= request, timeout=_WRITE_SECONDS)
 
     def keep_beating(self) -> None:
-        """The thread."""
+        """Write heartbeats, at once where ``beat`` asks for one, until ``stop_beating``; the work of the thread."""
         while not self._stopped:
             request = self._requests
             self._check_superseded()

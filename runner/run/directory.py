@@ -191,7 +191,7 @@ class RunDirectory:
         return ""
 
     def finish(self, identity: dict[str, Any], result: dict[str, Any]) -> None:
-        """Declare the run finished."""
+        """Write the result, with which the run is finished."""
         record = {"identity": value_digest(identity), **result}
         self.location.replace(_RESULT, [attempts.encode(record, allow_nan=False)])
 

@@ -213,7 +213,7 @@ def _caller() -> FrameType | None:
 
 
 def _name(frame: FrameType | None) -> str:
-    """Module and file."""
+    """Module and file of the code of a frame, as a key: two scripts may both be the module ``__main__``."""
     return f"{frame.f_globals.get('__name__', '')} {frame.f_code.co_filename}" if frame else ""
 
 
