@@ -211,6 +211,8 @@ def _explain(error: BaseException) -> str:
             why = f"a value with characters besides {_PLAIN} needs quotes: {quoted}"
         else:
             why = re.sub(r"\s*(Error parsing override '.*?'|See https:\S* for details|\^)\s*", " ", text).strip()
+            if text.startswith("LexerNoViableAlt"):  # says nothing but the value
+                why = f"each part of it with characters besides {_PLAIN} needs quotes"
         return f"the override {shlex.quote(override)} cannot be read: {why}"
     message = f"{error}\n{error.__cause__}" if error.__cause__ else str(error)
     lines = [line for line in message.splitlines() if not line.strip().startswith(("object_type=", "reference_type="))]

@@ -174,6 +174,7 @@ MISTAKES = {
         "model.hidden=[8,",
         "8]",
     ),
+    "quoted in part": smoke("each part of it with characters besides letters", '+params.x=["a b",ä]'),
     "a bracket in a text": smoke("needs quotes: 'run.root=\"a(b\"'", "run.root=a(b"),
     "a call that cannot be": command(
         "the override 'seed=range(a)' cannot be read: TypeError while evaluating",
