@@ -366,6 +366,11 @@ def test_an_unreadable_run_root_is_reported(life: Lives, tmp_path: Path) -> None
     ended = life("experiment=smoke", f"run.root={tmp_path}/file")
     assert (ended.status, "Traceback" in ended.output) == (1, False)
     assert "Not a directory. Choose another run.root" in ended.output
+    ended = life(
+        "experiment=smoke", f"run.root={tmp_path}/{'x' * 300}"
+    )  # lstat() fails, as in a folder of another user
+    assert (ended.status, "Traceback" in ended.output) == (2, False)
+    assert "File name too long. Choose another run.root" in ended.output
 
 
 @pytest.mark.parametrize("option", ["default", slow("stdout"), slow("none"), "disabled"])

@@ -193,6 +193,8 @@ def refuse_links(root: str, below: str, *, log_file: str = "runner.log") -> None
             status = path.lstat()
         except (FileNotFoundError, NotADirectoryError):
             continue
+        except OSError as error:
+            raise ConfigError(f"cannot read {printable(path)}: {error.strerror}. Choose another run.root.") from error
         regular = stat.S_ISREG(status.st_mode)
         if stat.S_ISDIR(status.st_mode) or (regular and status.st_nlink == 1):
             continue
