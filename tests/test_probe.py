@@ -107,6 +107,20 @@ def test_samples_that_are_drawn_once_and_remembered_are_refused(randomness: str)
     assert len(probe.require_pure(fetcher(Remembers(False), randomness=randomness))) == 4
 
 
+@pytest.mark.parametrize("kind", ["numpy", "python", "torch", "clock"])
+def test_a_collate_function_with_a_generator_of_its_own_is_refused(kind: str) -> None:
+    draw = OWN[kind]()
+    plan = Plan(N, 1, 2)
+    with pytest.raises(DataError, match=r"^the collate function makes another batch of the same samples"):
+        probe.require_pure(Fetcher(Made(int), plan, label="train", collate=lambda rows: [rows, draw(0)]))
+
+
+@pytest.mark.parametrize("kind", ["python", "numpy", "torch"])
+def test_a_collate_function_may_draw_from_global_generators(kind: str) -> None:
+    asked = Fetcher(Made(int), Plan(N, 1, 2), label="train", collate=lambda rows: [rows, GLOBAL[kind](0)])
+    assert len(probe.require_pure(asked)) == 4
+
+
 GLOBAL: dict[str, Callable[[int], Any]] = {
     "python": lambda index: random.random(),
     "numpy": lambda index: np.random.rand(3),

@@ -14,7 +14,7 @@ import multiprocessing
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import fields, is_dataclass
 from functools import partial
 from itertools import islice
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import default_collate
 from torch.utils.data._utils import worker
 
 from runner import signals
@@ -137,10 +138,31 @@ def require_pure(fetcher: Fetcher) -> list[str]:
         require_equal(fetcher, digests, [""] * len(digests), "sample-remembered")
     if fetcher.plan.randomness == "off":
         require_equal(fetcher, digests, sample_digests(fetcher, label="another"), "randomness-off")
+    _require_pure_collate(fetcher)
     return digests
 
 
+def _require_pure_collate(fetcher: Fetcher) -> None:
+    """Raise DataError if a copy of a user's collate function makes another batch of the same samples."""
+    batches = list[str]()
+    with suppress(Exception):  # it cannot be copied, or has no batch of these samples
+        collate = deepcopy(fetcher.collate)
+        rows = _rows(fetcher, probe_indices(len(fetcher.samples)))
+        for _ in range(2 if fetcher.collate is not default_collate else 0):
+            with sandboxed(draws=True), signals.reading():
+                seed_host(0)  # a data worker has no fixed state
+                batches.append(content_digest(collate(deepcopy(rows))))
+    if len(set(batches)) > 1:
+        raise DataError(f"the collate function {_IMPURE['collate-changed']}{_OFF}", kind="collate-changed")
+
+
+_OFF = "; runtime.audit=false turns this check off."
 _IMPURE = {
+    "collate-changed": (
+        "makes another batch of the same samples when it is called again with the same seed, so a resumed run would "
+        "train on other data. Draw from python's, numpy's or torch's global generators, which are seeded for every "
+        "batch, in place of a generator of its own (for collators of transformers: seed=None)"
+    ),
     "sample-changed": (
         "is different when it is drawn again with the same seed, so a resumed run would train on other data. It "
         "depends on something that the runner does not control: a generator of its own (np.random.default_rng(), "
@@ -169,7 +191,7 @@ def require_equal(fetcher: Fetcher, digests: Sequence[str], others: Sequence[str
     for index, digest, other in zip(probe_indices(len(fetcher.samples)), digests, others, strict=True):
         if digest != other:
             name = f"{sample_name(fetcher.samples, index)} of {type(fetcher.samples).__qualname__}"
-            raise DataError(f"{name} {_IMPURE[kind]}; runtime.audit=false turns this check off.", kind=kind)
+            raise DataError(f"{name} {_IMPURE[kind]}{_OFF}", kind=kind)
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

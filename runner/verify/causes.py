@@ -161,6 +161,7 @@ _BY_ERROR = {
     "time-limit": "hang",
     "kernel": "kernel (refused)",
     "sample-changed": "data memory (again)",
+    "collate-changed": "data memory (again)",
     "sample-per-process": "workers",
     "randomness-off": "randomness",
     "order-changed": "data order (refused)",
