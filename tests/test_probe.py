@@ -108,7 +108,7 @@ def test_samples_that_are_drawn_once_and_remembered_are_refused(randomness: str)
 
 
 @pytest.mark.parametrize("kind", ["numpy", "python", "torch", "clock"])
-def test_a_collate_function_with_a_generator_of_its_own_is_refused(kind: str) -> None:
+def test_a_collate_with_a_generator_of_its_own_is_refused(kind: str) -> None:
     draw = OWN[kind]()
     plan = Plan(N, 1, 2)
     with pytest.raises(DataError, match=r"^the collate function makes another batch of the same samples"):
